@@ -1,0 +1,88 @@
+# Needs only make and Python 3.11, 3.12 or 3.13: .venv is made here, and remade when
+# pyproject.toml or requirements.lock changes. Written for GNU Make 3.81 (macOS) and later.
+
+PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$p && break; done)
+PY = .venv/bin/python
+PIP = $(PY) -m pip --disable-pip-version-check install
+TORCH = $(shell grep '^torch==' requirements.lock)
+
+# What the quickstart takes; what is left empty keeps the notebook's own default.
+DATASET = people
+MODEL = tiny
+DATA_DIR =
+N_FORGET =
+SEQ_LEN =
+SEED =
+MAX_EPOCHS =
+OUT_DIR = runs/quickstart
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help quickstart test test-all lab export figures seeds clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found; name one: make ... PYTHON=/path/to/python3"; exit 1; }
+	"$(PYTHON)" -m venv .venv || { rm -rf .venv; exit 1; }
+	@mkdir -p .venv/etc/ipython  # kernels keep quiet about their local sockets
+	@echo "c.IPKernelApp.log_level = 40" > .venv/etc/ipython/ipython_kernel_config.py
+
+# torch goes first and alone: left to the resolver, a build of another version, for other hardware, can come in.
+.venv/.nb .venv/.dev: pyproject.toml requirements.lock | .venv/bin/python
+	@echo "Installing into .venv: this takes some minutes, once."
+	$(PIP) $(TORCH)
+	$(PIP) -c requirements.lock -e ".[$(subst .,,$(notdir $@))]"
+	@touch .venv/.nb $@  # dev holds all of nb
+
+# A path given on the command line counts from here, wherever the notebook runs.
+full_path = "$$($(PY) -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(1)")"
+file_or_name = "$$(if test -e "$(1)"; then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
+
+quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|NAME [DATA_DIR= N_FORGET= SEQ_LEN= SEED= MAX_EPOCHS= OUT_DIR=]
+	@mkdir -p "$(OUT_DIR)"
+	$(PY) -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
+		-k python3 -l python --progress-bar --stdout-file - --stderr-file - \
+		-r dataset $(call file_or_name,$(DATASET)) -r model $(call file_or_name,$(MODEL)) \
+		-r out_dir $(call full_path,$(OUT_DIR)) \
+		$(if $(DATA_DIR),-r data_dir $(call full_path,$(DATA_DIR))) \
+		$(if $(N_FORGET),-p n_forget $(N_FORGET)) $(if $(SEQ_LEN),-p seq_len $(SEQ_LEN)) \
+		$(if $(SEED),-p seed $(SEED)) $(if $(MAX_EPOCHS),-p max_epochs $(MAX_EPOCHS))
+	@cat "$(OUT_DIR)/summary.txt"
+
+# nbs/course is left out on purpose: its exercises are meant to be filled in.
+TEST = $(PY) -m pytest tests $(wildcard nbs/*.ipynb) --durations=15 --nbval-lax --nbval-current-env \
+	--nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+test: .venv/.dev  ## pytest, and every notebook in nbs/
+	$(TEST) -m "not slow"
+
+test-all: .venv/.dev  ## the same with the long tests
+	$(TEST)
+
+lab: .venv/.nb  ## JupyterLab on nbs/
+	$(PY) -m jupyterlab nbs
+
+export: .venv/.dev  ## write icu_nb/ from the notebooks, and clean the notebooks
+	.venv/bin/nbdev_export
+	.venv/bin/nbdev_clean
+
+figures: .venv/.nb  ## make the figures of README again
+	$(MAKE) quickstart DATASET=people MODEL=tiny SEED=0 OUT_DIR=runs/figures
+	@mkdir -p figures
+	cp runs/figures/quickstart.png runs/figures/quickstart.svg figures/
+
+seeds: .venv/.nb  ## the quickstart with seeds 0 1 2 on people, and on pile where DATA_DIR (or ICU_NB_DATA) is given
+	for d in people $(if $(DATA_DIR)$(ICU_NB_DATA),pile); do for s in 0 1 2; do \
+		$(MAKE) quickstart DATASET=$$d MODEL=tiny SEED=$$s OUT_DIR=runs/seeds/$$d-$$s || exit 1; \
+	done; done
+	$(PY) .ci/collect_seeds.py runs/seeds figures/data/quickstart.csv
+
+clean:  ## delete what was made here, except .venv
+	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	find nbs icu_nb tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

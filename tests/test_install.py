@@ -1,0 +1,51 @@
+"""The package installs into an empty environment, without any developer's tool, and imports from elsewhere."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ROOT / "requirements.lock"
+
+IMPORT_ALL = """
+import importlib, importlib.util, pkgutil
+import icu_nb, icu_nb.unlearn
+for module in pkgutil.iter_modules(icu_nb.__path__):
+    importlib.import_module("icu_nb." + module.name)
+tools = ["nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyter_core", "papermill", "nbval", "pytest", "hypothesis"]
+assert not [t for t in tools if importlib.util.find_spec(t)]
+assert not [t for t in ("nbs", "tests", "figures") if importlib.util.find_spec(t)]
+print(icu_nb.__version__, icu_nb.__file__)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that is emptied afterwards: pytest would keep the last three environments, gigabytes each."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def run(*command, cwd):
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_installs_without_tools_and_imports_from_elsewhere(folder):
+    source, elsewhere, env = (folder / name for name in ("source", "elsewhere", "env"))
+    elsewhere.mkdir()
+    shutil.copytree(ROOT / "icu_nb", source / "icu_nb")  # a copy, since a build leaves files behind
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, source, cwd=folder)
+    wheel, = folder.glob("icu_nb-*.whl")
+
+    run(sys.executable, "-m", "venv", "--without-pip", env, cwd=folder)
+    python = env / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    # From outside, and without bytecode: half the files to write and to delete.
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", "-c", LOCK, wheel, cwd=elsewhere)
+    said = run(python, "-I", "-B", "-c", IMPORT_ALL, cwd=elsewhere)
+    assert str(env.resolve()) in str(Path(said.split(maxsplit=1)[1].strip()).resolve())

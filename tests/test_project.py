@@ -1,0 +1,206 @@
+"""The project is in step with itself: notebooks, library, README, settings and requirements."""
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+CHAPTERS = sorted(NBS.glob("*.ipynb"), key=lambda f: f.name)  # file-name order is reading order: 06_, 06a_, 07_
+NOTEBOOKS = sorted(f for f in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda f: f.relative_to(NBS).as_posix())
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda f: f.name)
+
+
+# ---- reading notebooks ----
+
+def text(lines):
+    """nbformat stores a text as one string or as a list of lines."""
+    return "".join(lines)
+
+
+def cells(path, kind=None):
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [c for c in found if kind in (None, c["cell_type"])]
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+def outputs(path):
+    return [(c, o) for c in cells(path, "code") for o in c["outputs"]]
+
+
+def output_text(output):
+    """All that an output says in text; images are left out."""
+    data = [text(v) for k, v in output.get("data", {}).items() if k.startswith(("text/", "application/json"))]
+    return "\n".join([text(output.get("text", "")), *output.get("traceback", []), *data])
+
+
+def exported_module(path):
+    """The modules a notebook makes: a list, since a test below wants at most one."""
+    return re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(text(c["source"]) for c in cells(path, "code")), re.M)
+
+
+def imported_modules(source):
+    """Names of the modules of icu_nb that a cell imports."""
+    names = re.findall(r"^\s*(?:from|import)\s+icu_nb\.(\w+)", source, re.M)
+    names += re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.M)
+    for group in re.findall(r"^\s*from\s+icu_nb\s+import\s+\(?([\w\s,]+)", source, re.M):
+        names += [n.split()[0] for n in group.split(",") if n.strip()]
+    return set(names)
+
+
+# ---- notebooks and library ----
+
+def test_there_are_notebooks():
+    assert CHAPTERS
+
+
+def test_library_is_what_the_notebooks_export(tmp_path):
+    pytest.importorskip("nbdev")
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copytree(NBS, tmp_path / "nbs")
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+                   cwd=tmp_path, check=True, timeout=300)
+
+    def library(root):  # _modidx.py serves nbdev's documentation only
+        return {f.name: f.read_text(encoding="utf-8") for f in (root / "icu_nb").glob("*.py") if f.name != "_modidx.py"}
+
+    made, stored = library(tmp_path), library(ROOT)
+    assert made.keys() == stored.keys()
+    stale = [name for name in made if made[name] != stored[name]]
+    assert not stale, f"edit the notebook and run make export: {stale}"
+
+
+@each_chapter
+def test_makes_at_most_one_module(path):
+    assert len(exported_module(path)) <= 1
+
+
+@each_chapter
+def test_imports_only_from_earlier_notebooks(path):
+    if not exported_module(path):
+        return  # a notebook that makes no module may import anything
+    earlier = {m for f in CHAPTERS if f.name < path.name for m in exported_module(f)}
+    used = set().union(*(imported_modules(text(c["source"])) for c in cells(path, "code")))
+    assert used <= earlier, f"not made by an earlier notebook: {used - earlier}"
+
+
+@each_notebook
+def test_directives_come_first(path):
+    """Above a directive only other directives may stand: a comment there silently drops the export."""
+    for cell in cells(path, "code"):
+        lines = [line.strip() for line in text(cell["source"]).splitlines() if line.strip()]
+        last = max((i for i, line in enumerate(lines) if re.match(r"#\s*\|\s*export", line)), default=-1)
+        assert all(re.match(r"#\s*\|", line) for line in lines[:last + 1]), lines[:last + 1]
+
+
+# ---- form ----
+
+@each_notebook
+def test_opens_with_title_promise_and_badge(path):
+    first = cells(path)[0]
+    assert first["cell_type"] == "markdown"
+    assert re.match(r"# \S", text(first["source"]))
+    assert re.search(r"^> \S", text(first["source"]), re.M)
+    project = configparser.ConfigParser()
+    project.read(ROOT / "settings.ini")
+    user, repo, branch = (project["DEFAULT"][k] for k in ("user", "repo", "branch"))
+    badge = f"https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
+    prose = "\n".join(text(c["source"]) for c in cells(path, "markdown"))
+    assert badge in re.findall(r"https://colab\.research\.google\.com/github/[^\s)\"'>]+\.ipynb", prose), badge
+
+
+# ---- what is stored ----
+
+@each_notebook
+def test_is_small(path):
+    assert path.stat().st_size <= 1_000_000
+
+
+@each_notebook
+def test_stores_no_error_and_no_warning(path):
+    for cell, output in outputs(path):
+        assert output["output_type"] != "error" or "raises-exception" in tags(cell), text(cell["source"])
+        said = output_text(output)
+        assert "Warning:" not in said and not (output.get("name") == "stderr" and "Warning" in said), said
+
+
+@each_notebook
+def test_stores_no_progress_bar_and_no_widget(path):
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    for _, output in outputs(path):
+        assert not any("widget" in kind for kind in output.get("data", {}))
+        assert not re.search(r"\d+%\|", output_text(output)), output_text(output)
+
+
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|root|tmp|work|Users)/|\bC:\\", re.IGNORECASE)
+
+
+def test_machine_paths_are_recognized():
+    for bad in ("/home/me/x", "'/tmp/a'", "see /Users/me/x", r"C:\Users\me", "file:///root/x"):
+        assert MACHINE_PATH.search(bad), bad
+    for good in ("https://example.org/home/x", "../tmp/x", "nbs/home/x", "~/tmp/x", "ABC:\n"):
+        assert not MACHINE_PATH.search(good), good
+
+
+@each_notebook
+def test_names_no_path_of_a_machine(path):
+    said = [text(c["source"]) for c in cells(path)] + [output_text(o) for _, o in outputs(path)]
+    assert not [s for s in said if MACHINE_PATH.search(s)]
+
+
+@each_notebook
+def test_checked_cells_have_output_to_compare(path):
+    """nbval passes a cell tagged nbval-check-output that stores nothing, without comparing anything."""
+    bare = [text(c["source"]) for c in cells(path, "code") if "nbval-check-output" in tags(c) and not c["outputs"]]
+    assert not bare
+
+
+@each_notebook
+def test_is_clean(path):
+    """As nbdev_clean leaves it: no execution counts, no cell metadata but tags, an id for each cell."""
+    for cell in cells(path):
+        assert cell.get("execution_count") is None and cell["id"] and set(cell["metadata"]) <= {"tags", "hide_input"}
+
+
+# ---- README, Makefile, requirements ----
+
+def test_readme_commands_exist():
+    commands = re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(
+        re.findall(r"`[^`\n]+`|^```.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert {"quickstart", "test"} <= set(commands)
+    assert set(commands) <= set(targets)
+
+
+def lock():
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_lock_pins_everything_and_torch_first():
+    assert lock()[0].name == "torch"
+    for pin in lock():  # no local version: it would tie the lock to one kind of hardware
+        assert re.fullmatch(r"==[\w.!]+", str(pin.specifier)), pin
+
+
+def test_lock_covers_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [Requirement(r) for r in sum(project["optional-dependencies"].values(), project["dependencies"])]
+    pins = {canonicalize_name(p.name): str(p.specifier).removeprefix("==") for p in lock()}
+    for need in wanted:
+        if need.name != project["name"]:
+            version = pins.get(canonicalize_name(need.name))
+            assert version and need.specifier.contains(version), need
