@@ -21,6 +21,8 @@ class Corpus:
     heldout: list[str] # the same kind of text, never trained on: what "forgotten" means
     general_train: list[str] # text of quite another kind that the model is trained on
     general_test: list[str] # the same, never trained on
+    epochs: int=5 # passes in which the tiny model memorizes
+    repeats: int=14 # how often each forget text is seen per pass
 
     def trained_on(self) -> list[str]:
         "The sets that the tiny model sees while it memorizes."
@@ -278,11 +280,11 @@ def pile_corpus(
     forget, = split(decode("input_ids", run), [n_forget], seed)
     retain = [text for k in runs for text in decode("neighbor_input_ids", k)]
     retain = [text for text in dict.fromkeys(retain) if text not in set(forget)]
-    general_train, general_test = general_split(dialogues(data_dir) + wikitext(data_dir), 1000, 200, seed)
+    general_train, general_test = general_split(dialogues(data_dir) + wikitext(data_dir), 2500, 200, seed)
     candidates = [text for k in runs if k != run for text in decode("input_ids", k)]
     heldout = deduplicate(candidates, forget + retain + general_train)
     heldout, = split(heldout, [min(n_forget, len(heldout))], seed)
-    return Corpus("pile", forget, retain, heldout, general_train, general_test)
+    return Corpus("pile", forget, retain, heldout, general_train, general_test, epochs=2, repeats=50)
 
 
 def check_texts(
@@ -411,7 +413,8 @@ def tokenize(
 ) -> Sequences:
     "Texts to right-padded token sequences."
     require(seq_len is None or seq_len >= 1, "seq_len", f"{seq_len!r} is no length", "Give a number of tokens, or None")
-    encoded = tokenizer(list(texts), truncation=seq_len is not None, max_length=seq_len, padding=False)["input_ids"]
+    texts = list(texts)
+    encoded = tokenizer(texts, truncation=seq_len is not None, max_length=seq_len, padding=False)["input_ids"] if texts else []
     return pad(encoded, pad_id(tokenizer))
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 from icu_nb.core import InputError, require, require_number
 from icu_nb.data import Sequences, check_texts, pad_id, prompt_suffix, tokenize
-from icu_nb.metrics import distinct_n, memorization, sentence_bleu, token_entropy
+from icu_nb.metrics import distinct_n, el_positions, memorization, sentence_bleu, token_entropy
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def calibrate_thresholds(
     "The mean MA and EL of texts never seen: a model that scores no higher on the forget set treats it as unseen."
     require_number("el_floor", el_floor, high=1.0)
     sequences = tokenize(check_texts(heldout, "heldout"), tokenizer, seq_len)
+    el_positions(sequences.lengths.tolist(), n, start, "heldout")
     accuracy, likelihood = memorization(model, sequences.input_ids, sequences.attention_mask, n=n, start=start, batch_size=batch_size)
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
 

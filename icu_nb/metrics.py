@@ -2,15 +2,15 @@ import inspect, logging, math, warnings
 from collections import Counter
 from contextlib import contextmanager
 
+from icu_nb.core import InputError, best_device, require
+from icu_nb.data import Sequences, check_texts, pad, tokenize
+from icu_nb.models import token_losses
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
 from transformers import AutoModel, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from icu_nb.core import InputError, best_device, require
-from icu_nb.data import Sequences, check_texts, pad, tokenize
-from icu_nb.models import token_losses
 
 
 @contextmanager
@@ -326,6 +326,8 @@ class BERTScorer:
 
     def one(self, continuation: str, reference: str) -> float:
         "F1 of one pair."
+        if not (continuation.strip() and reference.strip()):
+            return 0.0
         self.metric.reset()
         self.metric.update([continuation], [reference])
         return float(self.metric.compute()["f1"])

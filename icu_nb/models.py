@@ -183,7 +183,8 @@ def tiny_model(
     "The tiny model of all notebooks: its tokenizer, its weights and its memory of the corpus, trained once and then taken from the cache."
     tokenizer = train_tokenizer(corpus.trained_on())
     model = tiny_gpt_neo(len(tokenizer), seed=seed)
-    history = memorize(model, tokenizer, [] if retrained else corpus.forget, corpus.retain + corpus.general_train, seq_len=seq_len, seed=seed, callback=callback)
+    history = memorize(model, tokenizer, [] if retrained else corpus.forget, corpus.retain + corpus.general_train,
+                       epochs=corpus.epochs, repeats=corpus.repeats, seq_len=seq_len, seed=seed, callback=callback)
     return model, tokenizer, history
 
 

@@ -122,6 +122,8 @@ def as_texts(
     if "input_ids" in source.column_names:
         tokens = [list(row) for row in source["input_ids"]]
         require(len(tokens) > 0 and all(tokens), argument, "there are no sequences, or an empty one", "Give at least one, and none that is empty")
+        unknown = [i for i, row in enumerate(tokens) if min(row) < 0 or max(row) >= len(tokenizer)]
+        require(not unknown, argument, f"the sequences at {unknown[:5]} hold tokens that the tokenizer does not know", "Give the tokenizer that made them")
         return tokenizer.batch_decode(tokens), tokens
     return check_texts(source["text"], argument), None
 

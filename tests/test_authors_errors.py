@@ -69,7 +69,7 @@ def test_1_el_of_a_memorized_sequence_takes_one_pass():
 
 
 def test_1_el_of_an_unknown_sequence_shares_its_rollouts():
-    model, ids = random_model(), random_ids(8)
+    model, ids = random_model(length=256), random_ids(8)
     naive = sum(200 - i for i in range(150, 200))  # one generation per offset, one pass per token
     with counted(model) as passes:
         extraction_likelihood(model, ids, batch_size=128)

@@ -1,0 +1,279 @@
+"""Bad input gets one clear error, which names the argument and the remedy, before any training; nothing is changed."""
+import copy
+import math
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import icu_nb.unlearn
+from icu_nb.cle import sentence_embedder
+from icu_nb.core import DownloadError, InputError
+from icu_nb.data import download, load_corpus, pile_extraction
+from icu_nb.iur import Thresholds, calibrate_thresholds
+from icu_nb.metrics import extraction_likelihood
+from icu_nb.models import load_model
+from icu_nb.unlearn import ICU, ICUConfig, unlearn
+
+NAN, INF = math.nan, math.inf
+NEVER = Thresholds(ma=0.0, el=0.0)
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written(cache):
+    """No test of this file may leave a file in the working folder or in the cache."""
+    yield
+    assert not files_in(cache/"work") and not files_in(cache/"cache")
+
+
+@pytest.fixture
+def refused(tiny, monkeypatch):
+    """Call `unlearn`, which must refuse without a step, a warning or a change; returns what it said."""
+    def call(match, error=InputError, model=None, tokenizer=None, forget=None, retain=None, config=None, **rest):
+        def no_training(*args, **kwargs):
+            raise AssertionError("it began to train")
+        monkeypatch.setattr(icu_nb.unlearn, "train_epoch", no_training)
+        model = model or tiny.copy()
+        before, mode, dtype = tiny.weights(model), model.training, model.dtype
+        with pytest.raises(error, match=match) as caught, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pick = lambda given, own: own if given is None else given
+            unlearn(model, pick(tokenizer, tiny.tokenizer), pick(forget, tiny.forget), pick(retain, tiny.retain), config or tiny.config(), **rest)
+        assert tiny.same(model, before) and (model.training, model.dtype) == (mode, dtype)
+        return str(caught.value)
+    return call
+
+
+def is_one_clear_sentence(message):
+    """The argument, what is wrong with it, and what to do, in a few words."""
+    return message.startswith("`") and message.count("`") >= 2 and "\n" not in message and ". " in message and len(message) < 400
+
+
+# ---- texts ----
+
+@pytest.mark.parametrize("argument", ["forget", "retain"])
+@pytest.mark.parametrize("texts", [[], "one string", 7, ["fine", ""], ["fine", " \n\t"], ["fine", None], ["fine", 3]],
+                         ids=["empty", "string", "number", "empty text", "blank text", "no text", "number in it"])
+def test_texts_that_cannot_be_used(refused, argument, texts):
+    if isinstance(texts, list) and texts:
+        texts, where = ["a text that is long enough to count for something here and there"]*2 + texts, r".*\[3\]"
+    else:
+        where = ""
+    assert is_one_clear_sentence(refused(f"`{argument}`{where}", **{argument: texts}))
+
+
+@pytest.mark.parametrize("argument", ["forget", "retain"])
+@pytest.mark.parametrize("columns", [{"letter": ["hello"]}, {"text": []}, {"input_ids": []}, {"input_ids": [[5]*48, []]}, {"text": ["fine", ""]}], ids=str)
+def test_data_sets_that_cannot_be_used(refused, argument, columns):
+    assert is_one_clear_sentence(refused(f"`{argument}`", **{argument: datasets.Dataset.from_dict(columns)}))
+
+
+@pytest.mark.parametrize("argument", ["forget", "retain"])
+@pytest.mark.parametrize("token", [300, 10**6, -1])
+def test_tokens_that_the_model_does_not_know(refused, argument, token):
+    rows = [list(range(5, 53)) for _ in range(4)]
+    rows[2][7] = token
+    refused(f"`{argument}`|`tokenizer`", **{argument: datasets.Dataset.from_dict({"input_ids": rows})})
+
+
+def test_a_text_too_short_for_el(refused, tiny):
+    message = refused(r"`forget`.*\[1\].*40 tokens", forget=[tiny.forget[0], "Too short."])
+    assert is_one_clear_sentence(message) and "smaller n" in message
+
+
+def test_a_text_cut_too_short_for_el(refused, tiny):
+    assert "smaller n" in refused("`forget`.*40 tokens", config=tiny.config(seq_len=30))
+
+
+def test_a_text_longer_than_the_context(refused, tiny):
+    message = refused("`forget`.*64 tokens", config=tiny.config(seq_len=None))
+    assert is_one_clear_sentence(message) and "seq_len=64" in message
+
+
+@pytest.mark.parametrize("texts, k", [(1, 2), (3, 4)])
+def test_fewer_retain_texts_than_neighbors(refused, tiny, texts, k):
+    message = refused(f"`retain`.*{k}", retain=tiny.retain[:texts], config=tiny.config(n_neighbors=k))
+    assert is_one_clear_sentence(message) and "n_neighbors" in message
+
+
+def test_nothing_but_near_duplicates(refused, tiny):
+    message = refused(r"`retain`.*\[0\]", forget=tiny.forget[:1], retain=["So " + tiny.forget[0]])
+    assert is_one_clear_sentence(message) and "max_overlap" in message
+
+
+def test_a_text_in_both(tiny):
+    """A warning names its index, and it is taken out of retain: no neighbor of anybody."""
+    retain = [tiny.retain[0], tiny.forget[3], *tiny.retain[1:]]
+    with pytest.warns(UserWarning, match=r"`retain`.*\[1\].*`forget`") as caught:
+        result = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, retain, tiny.config(max_epochs=1, n_neighbors=5), thresholds=NEVER)
+    assert len([w for w in caught if "retain" in str(w.message)]) == 1
+    assert 1 not in result.pairs and result.pairs.max() > 1
+    without = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1, n_neighbors=5), thresholds=NEVER)
+    assert np.array_equal(np.array(retain)[result.pairs], np.array(tiny.retain)[without.pairs])
+
+
+def test_all_of_retain_is_to_be_forgotten(tiny):
+    model = tiny.copy()
+    with pytest.warns(UserWarning, match="`retain`"), pytest.raises(InputError, match="`retain`.*0 texts are left"):
+        unlearn(model, tiny.tokenizer, tiny.forget, tiny.forget, tiny.config())
+    assert tiny.same(model, tiny.weights(tiny.model))
+
+
+# ---- model and tokenizer ----
+
+def test_a_tokenizer_without_padding(tiny):
+    """End-of-sequence is used, and said; masked as it is, it changes nothing."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.pad_token = None
+    with pytest.warns(UserWarning, match="pad token.*end of sequence"):
+        without = unlearn(tiny.copy(), tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), thresholds=NEVER)
+    usual = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), thresholds=NEVER)
+    assert np.array_equal(without.pairs, usual.pairs) and without.history["ma"].tolist() == pytest.approx(usual.history["ma"].tolist())
+    assert tokenizer.pad_token is None, "the tokenizer itself stays as it was"
+
+
+def test_a_tokenizer_of_another_model(refused, tiny):
+    small = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)).eval()
+    message = refused("`tokenizer`.*299.*200", model=small)
+    assert is_one_clear_sentence(message) and "belongs to the model" in message
+
+
+def test_nothing_to_train(refused, tiny):
+    model = tiny.copy().requires_grad_(False)
+    assert is_one_clear_sentence(refused("`model`.*trainable", model=model))
+
+
+@pytest.mark.parametrize("embedder", [lambda texts: np.zeros((1, 2)), lambda texts: np.zeros(len(texts)), lambda texts: np.full((len(texts), 2), NAN)])
+def test_embedders_that_give_nonsense(refused, embedder):
+    assert is_one_clear_sentence(refused("`embedder`", embedder=embedder))
+
+
+# ---- numbers ----
+
+@pytest.mark.parametrize("name, values", [
+    *((name, [-0.1, NAN, INF, "1", None, True]) for name in ("alpha", "beta", "lr", "max_grad_norm")), ("max_overlap", [-0.1, 1.1, NAN]),
+    *((name, [0, -1, 1.5, NAN, "1", None]) for name in ("batch_size", "max_epochs", "n", "n_neighbors", "num_beams", "eval_batch_size")),
+    *((name, [0, -1, 1.5, NAN, "1"]) for name in ("seq_len", "start", "check_steps")), ("seed", [-1, 0.5, None]), ("stop", ["never", None])])
+def test_impossible_settings(name, values):
+    for value in values:
+        with pytest.raises(InputError, match=f"`{name}`") as caught:
+            ICUConfig(**{name: value})
+        assert is_one_clear_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["bleu", "bert_f1", "ma", "el"])
+@pytest.mark.parametrize("value", [-0.1, NAN, 1.5])
+def test_impossible_thresholds(name, value):
+    with pytest.raises(InputError, match=f"`{name}`") as caught:
+        Thresholds(**{name: value})
+    assert is_one_clear_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("start", [39, 47, 48, 1000])
+def test_a_start_that_leaves_no_room(refused, tiny, start):
+    message = refused("`start`.*10-gram", config=tiny.config(start=start))
+    assert is_one_clear_sentence(message) and "smaller start or n" in message
+
+
+def test_the_last_possible_start(tiny):
+    assert extraction_likelihood(tiny.model, tiny.sequences.input_ids, start=38).shape == (8,)
+
+
+@pytest.mark.parametrize("n", [13, 100])
+def test_an_n_that_leaves_no_room(refused, tiny, n):
+    assert "smaller n" in refused(f"`forget`.*4n = {4*n}", config=tiny.config(n=n))
+
+
+@pytest.mark.parametrize("start, n, argument", [(0, 10, "start"), (-3, 10, "start"), (39, 10, "start"), (1.5, 10, "start"), (None, 0, "n"), (None, -1, "n"), (None, 2.5, "n"), (None, 13, "input_ids")])
+def test_metrics_refuse_too(tiny, start, n, argument):
+    with pytest.raises(InputError, match=f"`{argument}`"):
+        extraction_likelihood(tiny.model, tiny.sequences.input_ids, n=n, start=start)
+
+
+@pytest.mark.parametrize("texts", [[], ["fine", ""], "text", ["Too short."]])
+def test_calibration_names_its_argument(tiny, texts):
+    with pytest.raises(InputError, match="`heldout`"):
+        calibrate_thresholds(tiny.model, tiny.tokenizer, texts, seq_len=48)
+
+
+# ---- names, files, the network ----
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: load_corpus("enron"), "`dataset`.*people.*pile"), (lambda: load_corpus("texts.csv"), "`dataset`.*texts.csv"),
+    (lambda: pile_extraction(5), "`run`.*0, 1, 2, 3 or 4"), (lambda: pile_extraction(0, "no/such/folder"), "`data_dir`.*existing folder")])
+def test_unknown_names(call, words):
+    with pytest.raises(InputError, match=words) as caught:
+        call()
+    assert is_one_clear_sentence(str(caught.value))
+
+
+def test_a_download_that_is_another_file(tmp_path):
+    (tmp_path/"other.npy").write_bytes(b"something else")
+    with pytest.raises(DownloadError, match="SHA-256.*data_dir"):
+        download((tmp_path/"other.npy").as_uri(), "ab"*32, tmp_path/"cache"/"file.npy")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """As without a network; the Hub's client says so at once, where it would otherwise try again for a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_hub_model_without_a_network(offline):
+    with pytest.raises(InputError, match="`model`.*nobody/no-such-model.*network") as caught:
+        load_model("nobody/no-such-model")
+    assert is_one_clear_sentence(str(caught.value).replace("\n", " ")[:399])
+
+
+def test_a_folder_that_holds_no_model(cache):
+    with pytest.raises(InputError, match="`model`.*save_pretrained"):
+        load_model(cache)
+
+
+@pytest.mark.parametrize("argument", ["encoder", "embedder"])
+def test_a_hub_encoder_without_a_network(offline, refused, argument):
+    if argument == "embedder":
+        pytest.importorskip("sentence_transformers")
+    assert "network" in refused(f"`{argument}`.*nobody/no-such-encoder", **{argument: "nobody/no-such-encoder"})
+
+
+def test_a_sentence_encoder_without_its_library(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    with pytest.raises(InputError, match="`embedder`.*pip install"):
+        sentence_embedder("all-MiniLM-L6-v2")
+
+
+# ---- in training ----
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_loss_that_is_no_number(tiny, bad):
+    """It stops with the epoch and the batch, and gives back the state before that step."""
+    model, good, calls = tiny.copy(), {}, []
+
+    def objective(model, batch, reference):
+        calls.append(1)
+        terms = ICU()(model, batch, reference)
+        if len(calls) == 4:
+            good.update(tiny.weights(model))
+            terms["l_kl"] = terms["l_kl"] + bad
+        return terms
+    with pytest.warns(UserWarning, match="epoch 2: the loss is .* in batch 2.*smaller lr"):
+        result = unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=5), objective=objective, refinement=None, thresholds=NEVER)
+    assert result.stop_reason == "non_finite_loss" and len(calls) == 4
+    assert tiny.same(model, good) and not tiny.same(model, tiny.weights(tiny.model))
+
+
+def test_a_model_that_is_broken_already(tiny):
+    model = tiny.copy()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = NAN
+    with pytest.raises(InputError, match="`embedder`|`model`"):
+        unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config())
