@@ -20,6 +20,8 @@ OUT_DIR = runs/quickstart
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
+# Waiting threads sleep: where they spin, a second busy process makes training many times slower.
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help quickstart test test-all lab export figures seeds clean
 .DEFAULT_GOAL := help

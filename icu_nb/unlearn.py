@@ -1,20 +1,20 @@
 import math, time, warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
-from dataclasses import dataclass, field, replace
 
+from icu_nb.core import mixed_precision, require, require_number, seed_everything
+from icu_nb.data import Sequences, check_texts, pad, pad_id, tokenize
+from icu_nb.metrics import BERTScorer, NonFinite, el_positions, extraction_likelihood, memorization_accuracy
+from icu_nb.kui import unlearning_loss
+from icu_nb.cle import OriginalModel, kl_loss, model_embedder, nearest_neighbors, pair_learning_loss, second_half, sentence_embedder
+from icu_nb.iur import Thresholds, check, is_forgotten, select_active, thresholds_met
 import datasets
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from icu_nb.cle import OriginalModel, kl_loss, model_embedder, nearest_neighbors, pair_learning_loss, second_half, sentence_embedder
-from icu_nb.core import InputError, mixed_precision, require, require_number, seed_everything
-from icu_nb.data import Sequences, check_texts, pad, pad_id, tokenize
-from icu_nb.iur import Thresholds, check, is_forgotten, select_active, thresholds_met
-from icu_nb.kui import unlearning_loss
-from icu_nb.metrics import BERTScorer, NonFinite, el_positions, extraction_likelihood, memorization_accuracy
 
 
 @dataclass(frozen=True)
