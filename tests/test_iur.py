@@ -16,15 +16,6 @@ from icu_nb.models import tiny_gpt_neo, train_tokenizer
 NAN = math.nan
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small for threads to help; on a busy machine they only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scores(bleu, bert_f1=NAN, ma=0.0, el=0.0):
     """A frame like `check`'s, with the columns that decide."""
     return pd.DataFrame(dict(bleu=bleu, bert_f1=bert_f1, ma=ma, el=el))

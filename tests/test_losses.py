@@ -15,15 +15,6 @@ from icu_nb.data import Sequences, containment, pad, tokenize, word_ngrams
 from icu_nb.kui import unlearning_loss
 from icu_nb.models import train_tokenizer
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small for threads to help; on a busy machine they only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 V = 17  # vocabulary of the random cases
 
 
