@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Thresholds', 'calibrate_thresholds', 'OwnLength', 'continuations', 'check', 'is_forgotten', 'thresholds_met',
-           'select_active']
+           'select_over_thresholds', 'select_active']
 
 # %% ../nbs/06_iur.ipynb #e0011e99
 import math
@@ -145,12 +145,18 @@ def thresholds_met(
     return bool(scores["ma"].mean() <= thresholds.ma and scores["el"].mean() <= thresholds.el)
 
 # %% ../nbs/06_iur.ipynb #a5e1181f
+def select_over_thresholds(
+    scores: pd.DataFrame, # from `check`
+    thresholds: Thresholds, # ma and el are used
+) -> np.ndarray: # bool [n]
+    "Who trains next, by the measures of the stop rule: whoever's own MA or EL is over its threshold."
+    return ((scores["ma"] > thresholds.ma) | (scores["el"] > thresholds.el)).to_numpy()
+
+
 def select_active(
     scores: pd.DataFrame, # from `check`
     thresholds: Thresholds, # all are used
 ) -> np.ndarray: # bool [n]
     "Who trains next: whoever is not forgotten; if nobody is left, whoever's own MA or EL is still over its threshold."
     active = ~is_forgotten(scores, thresholds)
-    if not active.any():
-        active = ((scores["ma"] > thresholds.ma) | (scores["el"] > thresholds.el)).to_numpy()
-    return active
+    return active if active.any() else select_over_thresholds(scores, thresholds)

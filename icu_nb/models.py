@@ -7,7 +7,7 @@ __all__ = ['train_tokenizer', 'tiny_gpt_neo', 'token_losses', 'mean_token_nll', 
            'recipe_key', 'memorize', 'tiny_model', 'load_model']
 
 # %% ../nbs/02_models.ipynb #7e5cfb74
-import hashlib, json, math
+import hashlib, inspect, json, math
 from collections.abc import Callable
 from pathlib import Path
 from .core import InputError, atomic_path, best_device, cache_dir, library_versions, require, seed_everything, write_json
@@ -87,7 +87,7 @@ def trainer(
     steps: int, # how many steps there will be
 ) -> Callable: # Sequences -> their loss before the step
     "Plain next-token training: AdamW, warmed up over a twentieth of the steps, then a cosine."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps//20, steps)
     def step(batch: Sequences) -> float:
         batch = batch.to(model.device)
@@ -155,7 +155,8 @@ def memorize(
     require(len(rows) > 0, "texts", "there is nothing to train on", "Give texts or background")
     longest, context = max(map(len, tokens)), getattr(model.config, "max_position_embeddings", seq_len)
     require(longest <= context, "seq_len", f"a text has {longest} tokens and the model takes {context}", "Choose a smaller seq_len")
-    recipe = dict(tokens=tokens, rows=rows, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+    code = [inspect.getsource(part) for part in (random_starts, trainer)]
+    recipe = dict(tokens=tokens, rows=rows, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, code=code)
     folder = cache_dir()/"models"/recipe_key(model, **recipe)
     if cache and (folder/"history.json").exists():
         load_weights(model, folder/"model.safetensors")

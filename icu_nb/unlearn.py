@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MESSAGES', 'METRICS', 'HISTORY', 'SAMPLES', 'ICUConfig', 'Part', 'Batch', 'ICU', 'gradient_ascent', 'as_texts',
-           'to_tokens', 'as_trained', 'check_fit', 'keep_apart', 'Task', 'prepare_task', 'train_epoch', 'stop_reason',
-           'UnlearnResult', 'unlearn']
+           'to_tokens', 'as_trained', 'check_fit', 'keep_apart', 'Task', 'prepare_task', 'Run', 'train_epoch',
+           'stop_reason', 'UnlearnResult', 'Log', 'unlearn']
 
 # %% ../nbs/07_unlearn.ipynb #08e567a9
 import math, time, warnings
@@ -62,7 +62,6 @@ class ICUConfig:
 @dataclass(frozen=True)
 class Part:
     "One half of a batch: sequences, and which rows of the whole they are."
-    name: str # "forget" or "neighbor"
     rows: torch.Tensor # LongTensor [B]
     input_ids: torch.Tensor # LongTensor [B, T]
     attention_mask: torch.Tensor # LongTensor [B, T]
@@ -189,8 +188,8 @@ class Task:
     ) -> Batch:
         "The forget sequences `rows` with all their neighbors."
         k = self.pairs.shape[1]
-        part = lambda name, sequences, rows: Part(name, rows, **vars(sequences[rows].to(device)))
-        return Batch(part("forget", self.forget, rows), part("neighbor", self.neighbors, (rows[:, None]*k + torch.arange(k)).flatten()))
+        part = lambda sequences, rows: Part(rows, **vars(sequences[rows].to(device)))
+        return Batch(part(self.forget, rows), part(self.neighbors, (rows[:, None]*k + torch.arange(k)).flatten()))
 
 # %% ../nbs/07_unlearn.ipynb #0052c8a4
 def prepare_task(
@@ -216,37 +215,70 @@ def prepare_task(
     neighbor_tokens = [retain_tokens[j] for j in pairs.flatten()]
     return Task(pad(forget_tokens, pad_id(tokenizer), width), pad(neighbor_tokens, pad_id(tokenizer), width), pairs)
 
+# %% ../nbs/07_unlearn.ipynb #70aa11b3
+class Run:
+    "What a run works with, set up once: model, optimizer, the original as reference, and the sequences."
+    def __init__(self,
+        model, # trained in place
+        task: Task, # the sequences
+        config: ICUConfig, # the settings
+        objective: Callable, # (model, batch, reference) -> named loss terms
+        thresholds: Thresholds, # its ma and el end the run
+    ):
+        seed_everything(config.seed)
+        self.task, self.config, self.objective, self.thresholds = task, config, objective, thresholds
+        self.accelerator = Accelerator(mixed_precision=mixed_precision())
+        model.float().eval().to(self.accelerator.device)
+        parts = {"forget": task.forget, "neighbor": task.neighbors}
+        self.reference = OriginalModel(model, {name: parts[name] for name in getattr(objective, "remembers", parts)}, config.eval_batch_size)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.Adam(trainable, lr=config.lr, betas=(0.9, 0.98), fused=True))
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.options = dict(n=config.n, start=config.start, batch_size=config.eval_batch_size)
+
+    def shuffled(self, active: np.ndarray) -> torch.Tensor:
+        "The active rows in random order."
+        rows = torch.from_numpy(active.nonzero()[0])
+        return rows[torch.randperm(len(rows), generator=self.generator)]
+
+    def step(self, loss: torch.Tensor, number: int) -> None:
+        "One step of Adam, unless the loss or the gradient is no number."
+        self._finite("loss", loss, number)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self._finite("gradient", self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm), number)
+        self.optimizer.step()
+
+    def _finite(self, name: str, value: torch.Tensor, number: int) -> None:
+        if not torch.isfinite(value):
+            raise NonFinite(f"the {name} is {value.item()} in batch {number}; the model is as it was before that step")
+
+    def enough(self) -> bool:
+        "Whether the thresholds are met now; EL is measured only once MA is low enough."
+        tokens, limits = (self.task.forget.input_ids, self.task.forget.attention_mask), self.thresholds
+        if memorization_accuracy(self.model, *tokens, batch_size=self.config.eval_batch_size).mean() > limits.ma:
+            return False
+        return bool(limits.el >= 1 or extraction_likelihood(self.model, *tokens, **self.options).mean() <= limits.el)
+
+
 # %% ../nbs/07_unlearn.ipynb #35c1dd4c
 def train_epoch(
-    model, # the model in training
-    optimizer, # its optimizer
-    accelerator: Accelerator, # owns device and precision
-    objective: Callable, # (model, batch, reference) -> named loss terms
-    reference: OriginalModel, # the original model
-    task: Task, # the sequences
+    run: Run, # what it works with
     rows: torch.Tensor, # LongTensor: the active rows, in the order of this epoch
-    config: ICUConfig, # batch_size, max_grad_norm and check_steps are used
-    enough: Callable[[], bool], # whether the thresholds are met; asked every `check_steps` steps
 ) -> dict[str, float]: # the mean of every loss term over the sequences trained on
     "One pass over the active sequences."
     sums, seen = {}, 0
-    for step, chosen in enumerate(rows.split(config.batch_size), start=1):
-        terms = objective(model, task.batch(chosen, accelerator.device), reference)
-        loss = sum(terms.values())
-        if not torch.isfinite(loss):
-            raise NonFinite(f"the loss is {loss.item()} in batch {step}; the model is as it was before that step")
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NonFinite(f"the gradient is {norm.item()} in batch {step}; the model is as it was before that step")
-        optimizer.step()
+    for step, chosen in enumerate(rows.split(run.config.batch_size), start=1):
+        terms = run.objective(run.model, run.task.batch(chosen, run.accelerator.device), run.reference)
+        terms = {"loss": sum(terms.values()), **terms}
+        run.step(terms["loss"], step)
         seen += len(chosen)
-        for name, value in {"loss": loss, **terms}.items():
+        for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.item()*len(chosen)
-        if config.check_steps and step % config.check_steps == 0 and enough():
+        if run.config.check_steps and step % run.config.check_steps == 0 and run.enough():
             break
     return {name: value/seen for name, value in sums.items()}
+
 
 # %% ../nbs/07_unlearn.ipynb #dc03d921
 MESSAGES = {
@@ -287,12 +319,27 @@ class UnlearnResult:
 
 # %% ../nbs/07_unlearn.ipynb #937b3702
 METRICS = ["ma", "el", "bleu", "bert_f1"]
-
-
 HISTORY = ["epoch", "loss", "l_fgt", "l_lrn", "l_kl", *METRICS, "active", "seconds_train", "seconds_check"]
-
-
 SAMPLES = ["epoch", "id", *METRICS, "entropy", "distinct", "active", "continuation"]
+
+
+class Log:
+    "What a run reports: a row per epoch, and a row per sequence and epoch."
+    def __init__(self):
+        self.epochs, self.sequences = [], []
+
+    def add(self, epoch: int, losses: dict, scores: pd.DataFrame, active: np.ndarray, seconds: dict) -> None:
+        "Note one epoch."
+        self.epochs.append({"epoch": epoch, **losses, **scores[METRICS].mean(), "active": int(active.sum()), **seconds})
+        self.sequences.append(scores.assign(epoch=epoch, active=active))
+
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        "History and samples; loss terms that only this objective has stand last."
+        history = pd.DataFrame(self.epochs)
+        extra = [name for name in history.columns if name not in HISTORY]
+        samples = pd.concat(self.sequences, ignore_index=True) if self.sequences else pd.DataFrame()
+        return history.reindex(columns=[*HISTORY, *extra]), samples.reindex(columns=SAMPLES)
+
 
 # %% ../nbs/07_unlearn.ipynb #19440261
 def unlearn(
@@ -310,42 +357,20 @@ def unlearn(
 ) -> UnlearnResult:
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     task = prepare_task(model, tokenizer, forget, retain, config, embedder)
-    objective, thresholds = objective or ICU(config.alpha, config.beta), thresholds or Thresholds()
-    scorer = BERTScorer(encoder) if encoder else None
-    seed_everything(config.seed)
-    accelerator = Accelerator(mixed_precision=mixed_precision())
-    model.float().eval().to(accelerator.device)  # fp32: at lr 5e-6 a bf16 weight does not move
-    parts = {"forget": task.forget, "neighbor": task.neighbors}
-    reference = OriginalModel(model, {name: parts[name] for name in getattr(objective, "remembers", parts)}, config.eval_batch_size)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.98))
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    generator = torch.Generator().manual_seed(config.seed)
-    options = dict(n=config.n, start=config.start, batch_size=config.eval_batch_size)
-
-    def enough() -> bool:
-        tokens = (task.forget.input_ids, task.forget.attention_mask)
-        accuracy = memorization_accuracy(model, *tokens, batch_size=config.eval_batch_size).mean()
-        return bool(accuracy <= thresholds.ma and (thresholds.el >= 1 or extraction_likelihood(model, *tokens, **options).mean() <= thresholds.el))
-
-    history, samples, reason, message = [], [], None, ""
-    losses, trained = {}, 0.0
+    thresholds, scorer = thresholds or Thresholds(), BERTScorer(encoder) if encoder else None
+    run = Run(model, task, config, objective or ICU(config.alpha, config.beta), thresholds)
+    everybody, log, message = np.full(len(task.forget), True), Log(), ""
     progress = tqdm(total=config.max_epochs, desc="unlearn", unit="epoch")
     try:
         for epoch in range(config.max_epochs + 1):
-            if epoch:
-                began = time.perf_counter()
-                rows = torch.from_numpy(active.nonzero()[0])
-                rows = rows[torch.randperm(len(rows), generator=generator)]
-                losses = train_epoch(prepared, optimizer, accelerator, objective, reference, task, rows, config, enough)
-                trained = time.perf_counter() - began
             began = time.perf_counter()
-            scores = check(model, tokenizer, task.forget, scorer=scorer, num_beams=config.num_beams, **options)
-            active = np.asarray(refinement(scores, thresholds), dtype=bool) if refinement else np.full(len(scores), True)
-            seconds = {"seconds_train": trained, "seconds_check": time.perf_counter() - began}
-            history.append({"epoch": epoch, **losses, **scores[METRICS].mean(), "active": int(active.sum()), **seconds})
-            samples.append(scores.assign(epoch=epoch, active=active))
+            losses = train_epoch(run, run.shuffled(active)) if epoch else {}
+            trained = time.perf_counter() if epoch else began
+            scores = check(model, tokenizer, task.forget, scorer=scorer, num_beams=config.num_beams, **run.options)
+            active = np.asarray(refinement(scores, thresholds), dtype=bool) if refinement else everybody
+            log.add(epoch, losses, scores, active, {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained})
             progress.update(epoch > 0)
-            progress.set_postfix(ma=f"{history[-1]['ma']:.3f}", el=f"{history[-1]['el']:.3f}", active=history[-1]["active"])
+            progress.set_postfix({name: f"{log.epochs[-1][name]:.3g}" for name in ("ma", "el", "active")})
             if reason := stop_reason(scores, active, thresholds, config, epoch):
                 break
     except KeyboardInterrupt:
@@ -355,7 +380,6 @@ def unlearn(
         warnings.warn(message, stacklevel=2)
     finally:
         progress.close()
-        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    frame = pd.DataFrame(history).reindex(columns=[*HISTORY, *sorted({*losses} - {*HISTORY})])
-    samples = pd.concat(samples, ignore_index=True)[SAMPLES] if samples else pd.DataFrame(columns=SAMPLES)
-    return UnlearnResult(model, frame, samples, config, reason, thresholds, task.pairs, message or MESSAGES[reason])
+        run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    return UnlearnResult(model, *log.tables(), config, reason, thresholds, task.pairs, message or MESSAGES[reason])
+
