@@ -105,6 +105,10 @@ def gradient_ascent(model, batch: Batch, reference: OriginalModel) -> dict[str, 
     logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
     return {"l_fgt": unlearning_loss(logits, part.input_ids, part.attention_mask)}
 
+
+gradient_ascent.remembers = () # the original model is asked nothing
+
+
 # %% ../nbs/07_unlearn.ipynb #cea55170
 def as_texts(
     source, # a list of strings, or a `datasets.Dataset` with a `text` or an `input_ids` column
