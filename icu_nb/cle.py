@@ -35,11 +35,11 @@ def kl_loss(
 ) -> torch.Tensor: # scalar
     "L_kl: the mean over positions of KL(original || current), in nats; 0 when no position counts."
     mask = torch.ones(logits.shape[:2], device=logits.device) if attention_mask is None else attention_mask
-    real = mask[:, :-1].bool() & mask[:, 1:].bool()
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_q = F.log_softmax(logits[:, :-1][real], -1, dtype=dtype)
-    log_p = F.log_softmax(ref_logits[:, :-1][real], -1, dtype=dtype)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / real.sum().clamp(min=1)
+    rows = (mask[:, :-1].bool() & mask[:, 1:].bool()).flatten().nonzero()[:, 0]
+    # index_select: its backward pass is many times faster than that of a boolean index.
+    log_probabilities = lambda logits: F.log_softmax(
+        logits[:, :-1].flatten(0, 1).index_select(0, rows), -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return F.kl_div(log_probabilities(logits), log_probabilities(ref_logits), reduction="sum", log_target=True) / max(len(rows), 1)
 
 # %% ../nbs/05_cle.ipynb #4a216f26
 def last_hidden_states(
