@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pair_learning_loss', 'kl_loss', 'last_hidden_states', 'model_embedder', 'sentence_embedder', 'second_half',
-           'embed_checked', 'nearest_neighbors', 'head_suffices', 'OriginalModel']
+           'embed_checked', 'nearest_allowed', 'nearest_neighbors', 'head_suffices', 'OriginalModel']
 
 # %% ../nbs/05_cle.ipynb #7c003a47
 import copy
@@ -55,7 +55,7 @@ def last_hidden_states(
         hook.remove()
     return caught[0]
 
-
+# %% ../nbs/05_cle.ipynb #781256c9
 def model_embedder(
     model, # a causal LM
     tokenizer, # its tokenizer
@@ -96,7 +96,7 @@ def second_half(
     halves = lambda texts: [tokenizer.decode(tokens[len(tokens)//2:]) for tokens in tokenizer(list(texts))["input_ids"]]
     return lambda texts: embedder(halves(texts))
 
-# %% ../nbs/05_cle.ipynb #2a038323
+# %% ../nbs/05_cle.ipynb #05ca11a1
 def embed_checked(
     embedder: Callable, # texts -> float array [n, D]
     texts: list[str], # n texts
@@ -107,7 +107,27 @@ def embed_checked(
     require(np.isfinite(vectors).all(), "embedder", "it gave NaN or infinite numbers", "Check the texts, and the model behind it")
     return vectors
 
+# %% ../nbs/05_cle.ipynb #d5c37777
+def nearest_allowed(
+    vectors: np.ndarray, # float32 array [m, D]: the pool
+    queries: np.ndarray, # float32 array [n, D]
+    allowed: Callable, # (i, j) -> whether text j of the pool may be query i's neighbor
+    k: int, # neighbors per query
+) -> dict[int, list[int]]: # query -> its neighbors, nearest first; a query with fewer than k is missing
+    "Exact L2 search (faiss) that looks four times as deep for the queries that are still without k allowed neighbors."
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(vectors)
+    chosen, depth = {}, 0
+    while len(chosen) < len(queries) and depth < len(vectors):
+        depth = min(max(4*depth, 4*k), len(vectors))
+        waiting = [i for i in range(len(queries)) if i not in chosen]
+        for i, candidates in zip(waiting, index.search(queries[waiting], depth)[1]):
+            found = [j for j in candidates.tolist() if allowed(i, j)][:k]
+            if len(found) == k:
+                chosen[i] = found
+    return chosen
 
+# %% ../nbs/05_cle.ipynb #2a038323
 def nearest_neighbors(
     forget: list[str], # n texts to unlearn
     retain: list[str], # the pool of texts that may stay
@@ -122,21 +142,10 @@ def nearest_neighbors(
     require(len(retain) >= k, "retain", f"{len(retain)} texts are fewer than k={k}", "Give more texts or a smaller k")
     require_number("max_overlap", max_overlap, high=1.0)
     vectors, queries = embed_checked(embedder, retain), embed_checked(embedder, forget)
-    index = faiss.IndexFlatL2(vectors.shape[1])
-    index.add(vectors)
     grams = [word_ngrams(text) for text in forget]
-    far_enough = lambda i, j: containment(grams[i], word_ngrams(retain[j])) <= max_overlap
-    chosen, depth = {}, 4*k
-    while len(chosen) < len(forget):
-        depth = min(depth, len(retain))
-        waiting = [i for i in range(len(forget)) if i not in chosen]
-        for i, candidates in zip(waiting, index.search(queries[waiting], depth)[1]):
-            found = [j for j in candidates.tolist() if far_enough(i, j)][:k]
-            if len(found) == k:
-                chosen[i] = found
-        lacking = [i for i in waiting if i not in chosen]
-        require(depth < len(retain) or not lacking, "retain", f"for forget texts {lacking[:5]} fewer than {k} texts are left once near-duplicates are passed over", "Add other texts to the pool, or raise max_overlap")
-        depth *= 4
+    chosen = nearest_allowed(vectors, queries, lambda i, j: containment(grams[i], word_ngrams(retain[j])) <= max_overlap, k)
+    lacking = [i for i in range(len(forget)) if i not in chosen]
+    require(not lacking, "retain", f"for forget texts {lacking[:5]} fewer than {k} texts are left once near-duplicates are passed over", "Add other texts to the pool, or raise max_overlap")
     return np.array([chosen[i] for i in range(len(forget))])
 
 # %% ../nbs/05_cle.ipynb #84d69a2e

@@ -73,7 +73,7 @@ class OwnLength(StoppingCriteria):
         rows_each = len(input_ids) // len(self.totals) # beam search asks about several candidates per sequence
         return input_ids.shape[1] >= self.totals.to(input_ids.device).repeat_interleave(rows_each)
 
-
+# %% ../nbs/06_iur.ipynb #0ecd01b0
 @torch.no_grad()
 def continuations(
     model, # a causal LM

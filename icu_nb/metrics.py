@@ -37,14 +37,14 @@ def evaluating(
     finally:
         model.train(was_training)
 
-
+# %% ../nbs/03_metrics.ipynb #98207044
 def context_length(
     model, # a causal LM
 ) -> float:
     "How many tokens the model can take at once; infinity where its configuration names no limit."
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
-
+# %% ../nbs/03_metrics.ipynb #3511b5e3
 def real_tokens(
     input_ids: torch.Tensor, # LongTensor [n, T]
     attention_mask: torch.Tensor|None=None, # [n, T], padding on either side; None: no padding
@@ -63,7 +63,7 @@ def real_tokens(
 class NonFinite(ArithmeticError):
     "A loss, a gradient or a model's answer is NaN or infinite."
 
-
+# %% ../nbs/03_metrics.ipynb #68140ff5
 def greedy_pass(
     model, # a causal LM
     batch: Sequences, # B sequences, on the model's device
@@ -78,7 +78,7 @@ def greedy_pass(
     greedy[:, 1:] = token
     return greedy, output.past_key_values if use_cache else None
 
-
+# %% ../nbs/03_metrics.ipynb #31a8032b
 def matches(
     greedy: torch.Tensor, # from `greedy_pass`
     batch: Sequences, # the same batch
@@ -123,7 +123,7 @@ def el_positions(
     require(not short, "start", f"no {n}-gram fits behind position {start} in sequences {short[:5]}", "Use a smaller start or n, or longer texts")
     return [start]*len(lengths)
 
-
+# %% ../nbs/03_metrics.ipynb #f9cc2656
 def overlap(
     continuation: list[int], # what the model says from an offset to the end
     truth: list[int], # what stands there; of the same length
@@ -147,7 +147,7 @@ def needed_rollouts(
     # A recitation that reaches `last` ends at the first miss from there on: later ones are never met.
     return [i for i in misses if i < last] + [i for i in misses if i >= last][:1]
 
-
+# %% ../nbs/03_metrics.ipynb #d3f15715
 def el_from_rollouts(
     tokens: list[int], # the true sequence
     rollouts: dict[int, list[int]], # needed offset -> greedy continuation from there to the end
@@ -207,7 +207,7 @@ def can_copy(
     "Whether the cache is the plain transformers cache, whose slots are tokens."
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
-
+# %% ../nbs/03_metrics.ipynb #c5689d14
 def continue_plainly(
     model, # a causal LM
     prefixes: list[list[int]], # what each continuation follows
@@ -223,7 +223,7 @@ def continue_plainly(
             row.append(token)
     return [row[len(prefix):] for row, prefix in zip(tokens, prefixes)]
 
-
+# %% ../nbs/03_metrics.ipynb #abc693a8
 def chunks_that_fit(
     jobs: list[tuple[int, int, int]], # (row, offset, steps)
     batch_size: int, # jobs per chunk
@@ -288,7 +288,7 @@ def memorization(
             likelihood += [el_from_rollouts(*row, n) for row in zip(tokens, rollouts, own_starts)]
     return torch.cat(accuracy), torch.tensor(likelihood, dtype=torch.float64)
 
-
+# %% ../nbs/03_metrics.ipynb #9e14e08e
 def extraction_likelihood(
     model, # a causal LM
     input_ids: torch.Tensor, # LongTensor [n, T]

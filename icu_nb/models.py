@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_tokenizer', 'tiny_gpt_neo', 'token_losses', 'mean_token_nll', 'random_starts', 'trainer', 'LiveCurve',
-           'recipe_key', 'memorize', 'tiny_model', 'load_model']
+           'train_epochs', 'recipe_key', 'memorize', 'tiny_model', 'load_model']
 
 # %% ../nbs/02_models.ipynb #7e5cfb74
 import hashlib, inspect, json, math
@@ -122,6 +122,31 @@ class LiveCurve:
         else:
             self.handle.update(fig)
 
+# %% ../nbs/02_models.ipynb #02e0aa11
+def train_epochs(
+    model, # a causal LM; trained in place
+    tokens: list[list[int]], # the texts
+    rows: list[int], # which of them an epoch holds; a repeated text stands here several times
+    epochs: int, # passes
+    lr: float, # peak learning rate
+    batch_size: int, # texts per step
+    seed: int, # of the order of the texts
+    callback: Callable|None=None, # called after each epoch as callback(model, epoch, loss)
+) -> pd.DataFrame: # one row per epoch: epoch, loss
+    "The training itself: every epoch in another order, with other starts."
+    generator, history = torch.Generator().manual_seed(seed), []
+    step = trainer(model.to(best_device()), lr, epochs * math.ceil(len(rows)/batch_size))
+    for epoch in (progress := tqdm(range(1, epochs + 1), desc="memorize", unit="epoch")):
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        epoch_tokens = random_starts([tokens[rows[i]] for i in order], generator)
+        losses = [step(pad(epoch_tokens[k:k + batch_size])) for k in range(0, len(rows), batch_size)]
+        history.append({"epoch": epoch, "loss": sum(losses)/len(losses)})
+        progress.set_postfix(loss=f"{history[-1]['loss']:.3f}")
+        if callback is not None:
+            callback(model, epoch, history[-1]["loss"])
+    return pd.DataFrame(history)
+
+
 # %% ../nbs/02_models.ipynb #5e95d712
 def recipe_key(
     model, # its configuration and weights are part of the recipe
@@ -155,24 +180,14 @@ def memorize(
     require(len(rows) > 0, "texts", "there is nothing to train on", "Give texts or background")
     longest, context = max(map(len, tokens)), getattr(model.config, "max_position_embeddings", seq_len)
     require(longest <= context, "seq_len", f"a text has {longest} tokens and the model takes {context}", "Choose a smaller seq_len")
-    code = [inspect.getsource(part) for part in (random_starts, trainer)]
+    code = [inspect.getsource(part) for part in (random_starts, trainer, train_epochs)]
     recipe = dict(tokens=tokens, rows=rows, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, code=code)
     folder = cache_dir()/"models"/recipe_key(model, **recipe)
     if cache and (folder/"history.json").exists():
         load_weights(model, folder/"model.safetensors")
         model.to(best_device())
         return pd.DataFrame(json.loads((folder/"history.json").read_text()))
-    generator, history = torch.Generator().manual_seed(seed), []
-    step = trainer(model.to(best_device()), lr, epochs * math.ceil(len(rows)/batch_size))
-    for epoch in (progress := tqdm(range(1, epochs + 1), desc="memorize", unit="epoch")):
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        epoch_tokens = random_starts([tokens[rows[i]] for i in order], generator)
-        losses = [step(pad(epoch_tokens[k:k + batch_size])) for k in range(0, len(rows), batch_size)]
-        history.append({"epoch": epoch, "loss": sum(losses)/len(losses)})
-        progress.set_postfix(loss=f"{history[-1]['loss']:.3f}")
-        if callback is not None:
-            callback(model, epoch, history[-1]["loss"])
-    history = pd.DataFrame(history)
+    history = train_epochs(model, tokens, rows, epochs, lr, batch_size, seed, callback)
     if cache:
         with atomic_path(folder) as temporary:
             temporary.mkdir()
