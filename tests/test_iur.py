@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 
 from icu_nb.core import InputError
 from icu_nb.data import pad, people, prompt_suffix, tokenize
-from icu_nb.iur import Thresholds, calibrate_thresholds, check, continuations, is_forgotten, select_active, thresholds_met
+from icu_nb.iur import Thresholds, calibrate_thresholds, check, continuations, is_forgotten, select_active, select_over_thresholds, thresholds_met
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy, sentence_bleu
 from icu_nb.models import tiny_gpt_neo, train_tokenizer
 
@@ -92,6 +92,18 @@ def test_selection_is_never_empty_unless_the_thresholds_are_met():
     for _ in range(500):
         table = scores(generator.random(3) * generator.integers(0, 2), generator.random(3), generator.random(3), generator.random(3) * 0.1)
         assert select_active(table, Thresholds(ma=0.5)).any() or thresholds_met(table, Thresholds(ma=0.5))
+
+
+def test_over_thresholds_is_over_not_at_and_bleu_does_not_count():
+    table = scores([0.0, 0.9, 0.0, 0.9], ma=[0.2994, 0.2994, 0.3, 0.0], el=[0.0499, 0.05, 0.0, 0.0])
+    assert select_over_thresholds(table, Thresholds()).tolist() == [False, True, True, False]
+
+
+def test_over_thresholds_is_never_empty_unless_the_thresholds_are_met():
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        table = scores(generator.random(3), generator.random(3), generator.random(3) * 0.1)
+        assert select_over_thresholds(table, Thresholds(ma=0.5)).any() or thresholds_met(table, Thresholds(ma=0.5))
 
 
 # ---- continuations ----
