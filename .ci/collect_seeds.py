@@ -1,4 +1,4 @@
-"""Collect every summary.json under a folder into one CSV, and print the README's table.
+"""Collect every summary.json under a folder into one CSV, and print the README's two tables.
 
 Usage: collect_seeds.py RUNS_FOLDER OUT_CSV
 """
@@ -30,9 +30,20 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def shares(table):
+    """Per data set and seed: ICU's rises as a share of gradient ascent's, and what general text paid."""
+    lines = ["| data set | seed | neighbors | held-out | general, ICU | general, gradient ascent | MA, gradient ascent minus ICU |", "|---" * 7 + "|"]
+    for (dataset, seed), group in table.groupby(["dataset", "seed"], sort=False):
+        before, icu, ascent = (group.set_index("state").loc[state] for state in STATES[:3])
+        share = lambda m: f"{(icu[m] - before[m])/(ascent[m] - before[m]):.2f}"
+        general = lambda state: f"{state['general_ppl']/before['general_ppl'] - 1:+.0%}"
+        lines.append(f"| {dataset} | {seed} | {share('neighbor_ppl')} | {share('heldout_ppl')} | {general(icu)} | {general(ascent)} | {ascent['ma'] - icu['ma']:+.3f} |")
+    return "\n".join(lines)
+
+
 source, target = map(Path, sys.argv[1:])
 found = sorted(source.glob("*/summary.json"))
 table = pd.DataFrame([row for f in found for row in rows(json.loads(f.read_text(encoding="utf-8")))])
 target.parent.mkdir(parents=True, exist_ok=True)
 table.to_csv(target, index=False)
-print(f"{target}: {len(found)} runs\n\n{markdown(table)}")
+print(f"{target}: {len(found)} runs\n\n{markdown(table)}\n\n{shares(table)}")
