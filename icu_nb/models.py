@@ -116,6 +116,7 @@ class LiveCurve:
         fig, ax = plt.subplots(figsize=(6, 2.6))
         ax.plot(self.epochs, self.losses, marker="o", markersize=3)
         ax.set(title=self.title, xlabel="epoch", ylabel="mean loss (nats per token)", ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         plt.close(fig)
         if self.handle is None:
             self.handle = display(fig, display_id=True)
