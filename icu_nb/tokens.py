@@ -43,7 +43,7 @@ def read_json_lines(
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
     return records
 
-
+# %% ../nbs/00b_tokens.ipynb #00b00101
 def read_table(
     path: str|Path, # a .csv, .jsonl or .json file in UTF-8
 ) -> pd.DataFrame:
@@ -55,7 +55,7 @@ def read_table(
     one_list = text.lstrip().startswith("[") # else one record per line
     return pd.DataFrame(json.loads(text) if one_list else read_json_lines(text))
 
-
+# %% ../nbs/00b_tokens.ipynb #00b00102
 def read_texts(
     source, # a list of strings, a `datasets.Dataset`, a data frame, or the path of a .csv, .jsonl, .json or .txt file
     column: str="text", # the column that holds the texts; a .txt file has one text per line
