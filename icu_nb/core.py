@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'COLORS', 'ICUError', 'InputError', 'DownloadError', 'require', 'require_number', 'seed_everything',
            'best_device', 'mixed_precision', 'atomic_path', 'write_json', 'cache_dir', 'library_versions', 'commit',
-           'machine', 'provenance', 'set_figure_style', 'save_figure']
+           'machine', 'provenance', 'peak_memory', 'set_figure_style', 'save_figure']
 
 # %% ../nbs/00a_core.ipynb #395b02ab
-import importlib.metadata, importlib.util, json, math, numbers, os, platform, shutil, subprocess, tempfile, warnings
+import importlib.metadata, importlib.util, itertools, json, math, numbers, os, platform, shutil, subprocess, tempfile, warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 # Without ipywidgets tqdm draws plain bars; that is fine and needs no warning in every notebook.
@@ -143,6 +144,24 @@ def machine() -> str:
 def provenance() -> dict:
     "What a stored number must carry: machine, device, library versions and commit."
     return {"machine": machine(), "device": str(best_device()), "threads": torch.get_num_threads(), "commit": commit(), "versions": library_versions()}
+
+# %% ../nbs/00a_core.ipynb #00a00302
+def peak_memory(
+    function: Callable, # called once, without arguments
+    device: str|torch.device="cpu", # where it allocates: a CPU or a CUDA device
+) -> int: # bytes
+    "The most memory that PyTorch allocates while `function()` runs, over what was allocated before."
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 # %% ../nbs/00a_core.ipynb #3c5d987f
 # Okabe and Ito's palette: told apart by color-blind readers too.
