@@ -71,9 +71,10 @@ def best_device() -> torch.device:
 
 
 def mixed_precision() -> str:
-    "`'bf16'` where the device computes in bfloat16 natively, else `'no'`. Weights stay fp32 either way."
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "no"
+    "`'bf16'` on a GPU that has bfloat16 natively, `'fp16'` on one that has not (T4), else `'no'`. Weights stay fp32 in any case."
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 # %% ../nbs/00a_core.ipynb #2d9c7930
 @contextmanager

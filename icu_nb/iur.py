@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 from .core import InputError, require, require_number
 from .data import Sequences, check_texts, pad_id, prompt_suffix, tokenize
-from .metrics import distinct_n, el_positions, memorization, sentence_bleu, token_entropy
+from .metrics import distinct_n, el_positions, halving_batches, memorization, sentence_bleu, token_entropy
 
 # %% ../nbs/06_iur.ipynb #cc5116c6
 @dataclass(frozen=True)

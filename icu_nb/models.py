@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_tokenizer', 'tiny_gpt_neo', 'token_losses', 'mean_token_nll', 'random_starts', 'trainer', 'LiveCurve',
-           'train_epochs', 'recipe_key', 'memorize', 'tiny_model', 'load_model']
+           'train_epochs', 'weights_digest', 'recipe_key', 'memorize', 'tiny_model', 'load_model']
 
 # %% ../nbs/02_models.ipynb #7e5cfb74
 import hashlib, inspect, json, math
@@ -149,15 +149,23 @@ def train_epochs(
 
 
 # %% ../nbs/02_models.ipynb #5e95d712
+def weights_digest(
+    model, # any torch module
+) -> str:
+    "A hash of all weights and buffers."
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def recipe_key(
     model, # its configuration and weights are part of the recipe
     **recipe, # everything else that the result depends on
 ) -> str:
     "A hash of all that a trained model depends on: recipe, texts, initial weights and library versions."
-    digest = hashlib.sha256(json.dumps([recipe, model.config.to_dict(), library_versions()], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    ingredients = [recipe, model.config.to_dict(), library_versions(), weights_digest(model)]
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/02_models.ipynb #52717526
 def memorize(
