@@ -17,6 +17,8 @@ SEQ_LEN =
 SEED =
 MAX_EPOCHS =
 OUT_DIR = runs/quickstart
+# What the benchmarks run on: cpu, or cuda for the rows of a GPU.
+DEVICE = cpu
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -24,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all lab export figures seeds clean
+.PHONY: help quickstart test test-all lab export figures seeds bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -85,6 +87,11 @@ seeds: .venv/.nb  ## the quickstart with seeds 0 1 2 on people, and on pile wher
 		$(MAKE) quickstart DATASET=$$d MODEL=tiny SEED=$$s OUT_DIR=runs/seeds/$$d-$$s || exit 1; \
 	done; done
 	$(PY) .ci/collect_seeds.py runs/seeds figures/data/quickstart.csv
+
+bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda]
+	@mkdir -p runs/bench figures/data
+	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/13_benchmarks.ipynb runs/bench/13_benchmarks.ipynb --cwd nbs \
+		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE)
 
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis

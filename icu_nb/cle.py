@@ -137,13 +137,11 @@ def nearest_allowed(
     k: int, # neighbors per query
 ) -> dict[int, list[int]]: # query -> its neighbors, nearest first; a query with fewer than k is missing
     "Exact L2 search: one call of faiss for all queries, and deeper ones for those few that are still without k allowed neighbors."
-    index = faiss.IndexFlatL2(vectors.shape[1])
-    index.add(vectors)
     chosen, depth = {}, 0
     while len(chosen) < len(queries) and depth < len(vectors):
         depth = min(max(4*depth, 4*k), len(vectors))
         waiting = [i for i in range(len(queries)) if i not in chosen]
-        for i, candidates in zip(waiting, index.search(queries[waiting], depth)[1]):
+        for i, candidates in zip(waiting, faiss.knn(queries[waiting], vectors, depth)[1]):
             found = [j for j in candidates.tolist() if allowed(i, j)][:k]
             if len(found) == k:
                 chosen[i] = found

@@ -146,7 +146,7 @@ def losses_and_gradients(
                 grad_bias += gradient.sum(0)
     return nll, kl, grad_states, grad_weight, grad_bias
 
-# %% ../nbs/02a_head.ipynb #8cab8002
+# %% ../nbs/02a_head.ipynb #dc948977
 class HeadLosses(torch.autograd.Function):
     "Weighted sums of token losses; the gradient of all of them together is computed with them."
     @staticmethod
@@ -155,7 +155,7 @@ class HeadLosses(torch.autograd.Function):
         kind = states.device.type
         ctx.autocast = dict(device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind))
         nll, kl, *ctx.gradients = HeadLosses.compute(ctx, nll_weights.sum(0), kl_weights.sum(0))
-        return nll_weights @ nll + kl_weights @ kl
+        return (nll_weights*nll + kl_weights*kl).sum(1) # no matrix product: autocast would round it
 
     @staticmethod
     def compute(ctx, nll_weight, kl_weight):
@@ -170,7 +170,7 @@ class HeadLosses(torch.autograd.Function):
         factor = factors[0]
         if ctx.gradients is None or not (factors == factor).all(): # asked a second time, or not about the sum
             with torch.autocast(**ctx.autocast):
-                _, _, *ctx.gradients = HeadLosses.compute(ctx, factors @ nll_weights, factors @ kl_weights)
+                _, _, *ctx.gradients = HeadLosses.compute(ctx, *((factors[:, None]*weights).sum(0) for weights in (nll_weights, kl_weights)))
             factor = 1
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g.mul_(factor*ctx.scale).to(of.dtype) for g, of in zip(gradients, (states, *head))]

@@ -10,7 +10,7 @@ __all__ = ['evaluating', 'context_length', 'halving_batches', 'real_tokens', 'No
            'perplexity']
 
 # %% ../nbs/03_metrics.ipynb #1163111a
-import functools, inspect, logging, math, warnings
+import functools, inspect, logging, math, warnings, weakref
 from collections import Counter
 from contextlib import contextmanager
 from .core import InputError, best_device, require
@@ -284,6 +284,9 @@ def chunks_that_fit(
     return [sorted(chunk, key=lambda job: -job[2]) for chunk in chunks]
 
 # %% ../nbs/03_metrics.ipynb #7c32f6a7
+_warned = weakref.WeakSet() # models about which it has been said
+
+
 def roll_out(
     model, # a causal LM
     batch: Sequences, # B sequences on the model's device
@@ -295,7 +298,8 @@ def roll_out(
     "Greedy continuations from all needed offsets, many at a time."
     lengths, device = batch.lengths.tolist(), batch.input_ids.device
     jobs = [(row, i, lengths[row] - i) for row, offsets in enumerate(needed) for i in offsets]
-    if jobs and not can_copy(cache):
+    if jobs and not can_copy(cache) and model not in _warned:
+        _warned.add(model)
         warnings.warn(f"{type(model).__name__} has no cache that can be copied: continuations are computed the plain, slow way.", stacklevel=2)
     rollouts = [{} for _ in needed]
     for chunk in chunks_that_fit(jobs, batch_size, context_length(model)):

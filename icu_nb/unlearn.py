@@ -49,7 +49,7 @@ class ICUConfig:
     stop: str="thresholds" # "all_forgotten": also when no sequence is left, as the authors do
     check_every: int=1 # epochs from one check to the next; the last epoch is always checked
     check_steps: int|None=None # also test the thresholds after every so many steps within an epoch
-    eval_batch_size: int=32 # sequences per forward pass where nothing is trained; halved while memory does not suffice
+    eval_batch_size: int=64 # sequences per forward pass where nothing is trained; halved while memory does not suffice
 
     def __post_init__(self):
         for name in ("alpha", "beta", "lr", "max_grad_norm"):

@@ -114,7 +114,7 @@ def test_equal_to_the_slow_definition(family, state, n, start):
 
 def test_sliding_windows_are_computed_plainly_and_said():
     with pytest.warns(UserWarning, match="MistralForCausalLM has no cache that can be copied"):
-        memorization(make_model("mistral", "random"), pad(rows_of([16])).input_ids, n=2)
+        memorization(FAMILIES["mistral"](), pad(rows_of([16])).input_ids, n=2)  # said once per model
 
 
 def test_one_pass_serves_a_model_that_knows_the_text(monkeypatch):
