@@ -64,9 +64,9 @@ def seed_everything(
 
 # %% ../nbs/00a_core.ipynb #fb55cad5
 def best_device() -> torch.device:
-    "A CUDA GPU if there is one, else Apple's MPS, else the CPU."
+    "A CUDA GPU if there is one (of several processes each has its own), else Apple's MPS, else the CPU."
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
