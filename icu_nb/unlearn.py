@@ -42,7 +42,7 @@ def recompute_layers(
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return layers
 
-# %% ../nbs/07_unlearn.ipynb #1c6963fb
+# %% ../nbs/07_unlearn.ipynb #95170bb6
 def prepared(
     accelerator: Accelerator, # knows the processes
     model, # a causal LM on its device
@@ -132,7 +132,7 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-# %% ../nbs/07_unlearn.ipynb #37b95d17
+# %% ../nbs/07_unlearn.ipynb #08b629bb
 def ask_all(
     run: Run, # what it works with
     question: Callable, # (sequences, their row numbers) -> an answer
@@ -177,14 +177,14 @@ def train_epoch(
     rows: torch.Tensor, # LongTensor: the active rows, in the order of this epoch
 ) -> tuple[dict[str, float], bool]: # the mean of the loss and of every term over the sequences trained on; whether the thresholds were seen to be met
     "One pass over the active sequences."
-    sums, seen, enough = {}, 0, False
+    sums, seen, met = {}, 0, False
     for number, chosen in enumerate(rows.split(run.config.batch_size), start=1):
         for name, value in run.step(chosen, number).items():
             sums[name] = sums.get(name, 0.0) + value*len(chosen)
         seen += len(chosen)
-        if enough := bool(run.config.check_steps) and number % run.config.check_steps == 0 and enough(run):
+        if met := bool(run.config.check_steps) and number % run.config.check_steps == 0 and enough(run):
             break
-    return {name: value/seen for name, value in sums.items()}, enough
+    return {name: value/seen for name, value in sums.items()}, met
 
 # %% ../nbs/07_unlearn.ipynb #dc03d921
 MESSAGES = {
@@ -210,7 +210,7 @@ def stop_reason(
         return "all_forgotten" if epoch else "nothing_to_forget"
     return "max_epochs" if epoch >= config.max_epochs else None
 
-# %% ../nbs/07_unlearn.ipynb #da5dcad2
+# %% ../nbs/07_unlearn.ipynb #fd4550cc
 def open_checkpoints(
     checkpoint_dir: str|Path|None, # see `unlearn`
     resume: bool|str|Path, # see `unlearn`
@@ -264,7 +264,7 @@ def load_progress(
             run.accelerator.scaler.load_state_dict(state["scale"])
     return state
 
-# %% ../nbs/07_unlearn.ipynb #a30fe98b
+# %% ../nbs/07_unlearn.ipynb #a0f6e927
 def require_tracker(
     name: str|None, # see `unlearn`
 ) -> None:
