@@ -1,13 +1,14 @@
 """One process of a run that several share; the first one writes what came of it. test_processes.py forks it, and starts it through launchers too."""
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import icu_nb.checkpoint
 from icu_nb.core import ICUError
 from icu_nb.iur import Thresholds
 from icu_nb.loading import add_lora
@@ -28,10 +29,6 @@ class Watched:
         return {name: value*float("nan") for name, value in terms.items()} if broken else terms
 
 
-def full_disk(*args):
-    raise OSError(28, "No space left on device")
-
-
 def only(rows):
     """A refinement that always picks these."""
     def chosen(scores, thresholds):
@@ -49,11 +46,11 @@ def main(folder, out, job):
         model = add_lora(model, 4)
     objective = Watched(gradient_ascent if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks"))
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
-    if job.get("no_room") and PartialState().is_main_process:
-        icu_nb.checkpoint.torch.save = full_disk
+    no_room = job.get("no_room") and PartialState().is_main_process
     try:
-        result = unlearn(model, tokenizer, texts["forget"], texts["retain"], config, objective=objective, thresholds=Thresholds(ma=0.0, el=0.0),
-                         checkpoint_dir=job.get("checkpoint_dir"), resume=job.get("resume", False), **options)
+        with patch("torch.save", side_effect=OSError(28, "No space left on device")) if no_room else nullcontext():
+            result = unlearn(model, tokenizer, texts["forget"], texts["retain"], config, objective=objective, thresholds=Thresholds(ma=0.0, el=0.0),
+                             checkpoint_dir=job.get("checkpoint_dir"), resume=job.get("resume", False), **options)
     except ICUError as error:
         seen = {"error": str(error)}
     else:
