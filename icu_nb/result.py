@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'HISTORY', 'SAMPLES', 'METRIC_NAMES', 'CARD', 'Log', 'text_hash', 'before_and_after', 'markdown_table',
            'UnlearnResult']
 
-# %% ../nbs/06b_result.ipynb #231d46cd
+# %% ../nbs/06b_result.ipynb #94376d61
 import copy, dataclasses, hashlib
 from pathlib import Path
 from .core import InputError, atomic_path, provenance, require, write_json
@@ -51,7 +51,7 @@ class Log:
         samples = pd.concat(self.sequences, ignore_index=True) if self.sequences else pd.DataFrame()
         return history.reindex(columns=[*HISTORY, *extra]), samples.reindex(columns=SAMPLES)
 
-# %% ../nbs/06b_result.ipynb #489272c6
+# %% ../nbs/06b_result.ipynb #9f0e526d
 def text_hash(
     text: str, # a whole text, as it was given
 ) -> str:
@@ -68,7 +68,7 @@ def before_and_after(
     table = checked[METRICS].T.set_axis(["before", "after"], axis=1).dropna()
     return table.assign(threshold=pd.Series({"ma": thresholds.ma, "el": thresholds.el}))
 
-# %% ../nbs/06b_result.ipynb #3e6751e1
+# %% ../nbs/06b_result.ipynb #d1387515
 METRIC_NAMES = {"ma": "memorization accuracy (MA)", "el": "extraction likelihood (EL)", "bleu": "BLEU of the continuation", "bert_f1": "BERTScore F1 of the continuation"}
 
 CARD = """---
@@ -126,7 +126,7 @@ class UnlearnResult:
     tokenizer: object # the model's tokenizer
     hashes: list[str] # SHA-256 of each forget text
     plugs: dict[str, str] # names of objective, refinement and encoder
-    source: dict # name and revision of the original model
+    source: dict # name and commit of the original model, from `source_of`
 
     def facts(self) -> dict:
         "What may be told to everybody, as JSON can hold it: no texts, no continuations."
@@ -136,13 +136,13 @@ class UnlearnResult:
 
     def card(self) -> str:
         "The model card: Markdown with a YAML head."
-        facts, (name, revision) = self.facts(), (self.source["name"], self.source["revision"])
-        head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["unlearning", "icu"], base_model=name if revision else None) # only what the Hub knows
+        facts, name, commit = self.facts(), self.source["name"] or "a model without a name", self.source["commit"]
+        head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["unlearning", "icu"], base_model=name if commit else None) # only what the Hub knows
         settings = ", ".join(f"{key} {value}" for key, value in facts["config"].items() if value is not None)
         how = "\n".join(f"- {key}: {value}" for key, value in {**self.plugs, "settings": settings, "thresholds": f"MA {self.thresholds.ma:.4f}, EL {self.thresholds.el:.4f}"}.items())
         made = facts["provenance"]
         return CARD.format(
-            head=head.to_yaml(), name=name, origin=f"`{name}`" + (f" at revision `{revision}`" if revision else ""), n=len(self.hashes), how=how, message=self.message,
+            head=head.to_yaml(), name=name, origin=f"`{name}`" + (f" at commit `{commit}`" if commit else ""), n=len(self.hashes), how=how, message=self.message,
             epochs=int(self.history.epoch.max()), table=markdown_table(before_and_after(self.history, self.thresholds).rename(index=METRIC_NAMES)),
             version=made["versions"]["icu_nb"], machine=made["machine"], day=f"{pd.Timestamp.now():%Y-%m-%d}", versions=" ".join(f"{key} {made['versions'][key]}" for key in ("torch", "transformers")))
 
