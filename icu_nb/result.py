@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'HISTORY', 'SAMPLES', 'METRIC_NAMES', 'CARD', 'Log', 'text_hash', 'before_and_after', 'markdown_table',
            'UnlearnResult']
 
-# %% ../nbs/06b_result.ipynb #94376d61
+# %% ../nbs/06b_result.ipynb #09f45c1d
 import copy, dataclasses, hashlib
 from pathlib import Path
 from .core import InputError, atomic_path, provenance, require, write_json
@@ -51,7 +51,7 @@ class Log:
         samples = pd.concat(self.sequences, ignore_index=True) if self.sequences else pd.DataFrame()
         return history.reindex(columns=[*HISTORY, *extra]), samples.reindex(columns=SAMPLES)
 
-# %% ../nbs/06b_result.ipynb #9f0e526d
+# %% ../nbs/06b_result.ipynb #5bcc4d74
 def text_hash(
     text: str, # a whole text, as it was given
 ) -> str:
@@ -68,7 +68,7 @@ def before_and_after(
     table = checked[METRICS].T.set_axis(["before", "after"], axis=1).dropna()
     return table.assign(threshold=pd.Series({"ma": thresholds.ma, "el": thresholds.el}))
 
-# %% ../nbs/06b_result.ipynb #d1387515
+# %% ../nbs/06b_result.ipynb #66e41963
 METRIC_NAMES = {"ma": "memorization accuracy (MA)", "el": "extraction likelihood (EL)", "bleu": "BLEU of the continuation", "bert_f1": "BERTScore F1 of the continuation"}
 
 CARD = """---
@@ -86,7 +86,7 @@ This model was made from {origin} by making it forget {n} texts with [icu_nb](ht
 
 {how}
 
-The run stopped after {epochs} epochs: {message}.
+It ended after epoch {epochs}: {message}.
 
 ## Before and after
 
