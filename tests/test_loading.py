@@ -3,13 +3,13 @@ import copy
 import json
 import pickle
 import shutil
+import sys
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -22,7 +22,6 @@ from icu_nb.tokens import Sequences, pad_id, tokenize
 from icu_nb.unlearn import ICU, ICUConfig, Run, Task, unlearn
 
 peft = pytest.importorskip("peft")
-NEVER = Thresholds(ma=0.0, el=0.0)
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=None)
 GROUPED = dict(SMALL, intermediate_size=64, num_key_value_heads=1, head_dim=16)
 FAMILIES = {  # name: (model type, sizes, a tokenizer that adds BOS)
@@ -85,7 +84,8 @@ def test_loads_as_it_was_saved(family, saved, tiny, bos_tokenizer):
     ids = tiny.sequences.input_ids
     torch.testing.assert_close(model(ids).logits, expected(ids).logits)
     given = bos_tokenizer if FAMILIES[family][2] else tiny.tokenizer
-    assert tokenizer(tiny.forget).input_ids == given(tiny.forget).input_ids
+    if family != "qwen2":  # to these, transformers gives Qwen's own way of splitting words, whatever the file says
+        assert tokenizer(tiny.forget).input_ids == given(tiny.forget).input_ids
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied == (family in ("gpt_neo", "opt", "gpt2", "llama tied", "gemma2", "gemma3"))
     assert parameter_counts(model) == dict.fromkeys(("total", "trainable"), expected.num_parameters())
@@ -93,10 +93,11 @@ def test_loads_as_it_was_saved(family, saved, tiny, bos_tokenizer):
 
 @families
 @pytest.mark.parametrize("lora", [None, True], ids=["full", "LoRA"])
-def test_unlearns(family, lora, saved, tiny):
+def test_unlearns(family, lora, saved, tiny, monkeypatch):
+    monkeypatch.setattr("icu_nb.unlearn.thresholds_met", lambda scores, thresholds: False)  # random weights meet any threshold at once
     model, tokenizer = load_model(saved(family), device="cpu", lora=lora)
     before = tiny.weights(model)
-    result = unlearn(model, tokenizer, tiny.forget, tiny.retain, tiny.config(lr=1e-3), refinement=None, thresholds=NEVER)
+    result = unlearn(model, tokenizer, tiny.forget, tiny.retain, tiny.config(lr=1e-3), refinement=None)
     assert result.history.epoch.tolist() == [0, 1, 2] and np.isfinite(result.history.loss[1:]).all() and result.stop_reason == "max_epochs"
     assert not any(module.training for module in result.model.modules())
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -149,10 +150,11 @@ def test_in_shards(own, tiny):
 def test_padding_changes_nothing(side, has_pad, own, tiny):
     """Neither the side a tokenizer prefers nor a missing pad token: texts of different lengths score as they do alone."""
     tokenizer = copy.deepcopy(tiny.tokenizer)
-    tokenizer.padding_side = side
     if not has_pad:
         tokenizer.pad_token = None
     tokenizer.save_pretrained(own)
+    settings = json.loads((own/"tokenizer_config.json").read_text())
+    (own/"tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": side}))
     model, tokenizer = load_model(own, device="cpu")
     assert tokenizer.padding_side == side and pad_id(tokenizer) == (1 if has_pad else 0)
     texts = [tiny.forget[0], tiny.forget[1][:60]]
@@ -233,15 +235,19 @@ def test_the_commit_is_not_saved_with_the_model(hub, tmp_path):
 
 # ---- what cannot be loaded ----
 
+http = sys.modules[HTTPError.__module__.partition(".")[0]]  # what the Hub's client stands on: httpx, or httpx2
+
+
 def answer(kind, status):
-    request = httpx.Request("GET", "https://huggingface.co/nobody/model/resolve/main/config.json")
-    return kind(f"{status} Client Error.\n\nSome lines\nthat nobody reads.", response=httpx.Response(status, request=request))
+    request = http.Request("GET", "https://huggingface.co/nobody/model/resolve/main/config.json")
+    return kind(f"{status} Client Error.\n\nSome lines\nthat nobody reads.", response=http.Response(status, request=request))
 
 
 @pytest.mark.parametrize("error, words", [
     (answer(RepositoryNotFoundError, 404), "neither a folder nor a repository.*spelling"), (answer(GatedRepoError, 403), "gated.*https://huggingface.co/nobody/model.*hf auth login"),
     (answer(RevisionNotFoundError, 404), "revision.*branch, tag or commit"), (OfflineModeIsEnabled("offline"), "network.*save_pretrained"),
-    (httpx.ConnectError("no route"), "network.*save_pretrained"), (httpx.ReadTimeout("too slow"), "network.*save_pretrained")], ids=lambda value: type(value).__name__)
+    (http.ConnectError("no route"), "network.*save_pretrained"),
+    (http.ReadTimeout("too slow"), "network.*save_pretrained"), (http.ProxyError("not here"), "network.*save_pretrained")], ids=lambda value: type(value).__name__)
 def test_what_the_hub_says(error, words, monkeypatch):
     def fails(*args, **kwargs):
         raise error
@@ -406,9 +412,10 @@ def test_the_estimate_is_near_the_measured_peak(width, layers, vocab_size, lora)
                                   window_size=64, max_position_embeddings=128, bos_token_id=0, eos_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model = add_lora(model, lora) if lora else model
-    estimate = estimate_memory(config, lora, device="cpu", n_forget=16, seq_len=96)
-    assert estimate == estimate_memory(model, device="cpu", n_forget=16, seq_len=96), "from shapes alone, or from the model itself"
-    assert estimate["total"] == pytest.approx(measured(model, 16, 96, 8, vocab_size), rel=0.25)
+    run = dict(n_forget=8, seq_len=96, batch_size=4)
+    estimate = estimate_memory(config, lora, device="cpu", **run)
+    assert estimate == estimate_memory(model, device="cpu", **run), "from shapes alone, or from the model itself"
+    assert estimate["total"] == pytest.approx(measured(model, *run.values(), vocab_size), rel=0.1)
 
 
 def test_the_parts_of_an_estimate():
