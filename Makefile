@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all lab export figures seeds bench clean
+.PHONY: help quickstart test test-all colab-test lab export figures seeds bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -67,8 +67,11 @@ TEST = $(PY) -m pytest tests $(wildcard nbs/*.ipynb) --durations=15 --nbval-lax 
 test: .venv/.dev  ## pytest, and every notebook in nbs/
 	$(TEST) -m "not slow"
 
-test-all: .venv/.dev  ## the same with the long tests
+test-all: .venv/.dev  ## the same with the long tests, and all notebooks of colab-test
 	$(TEST)
+
+colab-test: .venv/.dev  ## every notebook from 00 to 07, as Colab would run it: alone, in a fresh environment
+	$(PY) -m pytest tests/test_colab.py --durations=15
 
 lab: .venv/.nb  ## JupyterLab on nbs/
 	$(PY) -m jupyterlab nbs

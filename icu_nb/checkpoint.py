@@ -6,7 +6,7 @@
 __all__ = ['STATE', 'REMEDY', 'random_state', 'training_state', 'restore_training', 'name_of', 'original_digest', 'run_identity',
            'CheckpointError', 'require_same_run', 'Checkpoints']
 
-# %% ../nbs/06a_checkpoint.ipynb #2f5c4146
+# %% ../nbs/06a_checkpoint.ipynb #22861455
 import dataclasses, hashlib, json, pickle, random, shutil, zipfile
 from pathlib import Path
 from .core import ICUError, atomic_path, write_json
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-# %% ../nbs/06a_checkpoint.ipynb #d1bb56db
+# %% ../nbs/06a_checkpoint.ipynb #ff7338ce
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
@@ -37,7 +37,7 @@ def training_state(
     trainable = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad} # without a second name for tied ones
     return {"weights": {name: weights[name] for name in weights.keys() & trainable}, "optimizer": moments, "random": random_state()}
 
-# %% ../nbs/06a_checkpoint.ipynb #4262c6c6
+# %% ../nbs/06a_checkpoint.ipynb #6e7655b3
 def restore_training(
     model, # as it was when the run began
     optimizer: torch.optim.Optimizer, # its optimizer, fresh
@@ -52,7 +52,7 @@ def restore_training(
     if state["random"]["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
-# %% ../nbs/06a_checkpoint.ipynb #d2eb1d9a
+# %% ../nbs/06a_checkpoint.ipynb #880d819e
 def name_of(
     plug, # an objective, a refinement, or another part that was passed in
 ) -> str:
@@ -82,7 +82,7 @@ def run_identity(
     return {"config": dataclasses.asdict(config), "thresholds": dataclasses.asdict(thresholds), "model": original_digest(model),
             "forget": digest(task.forget), "neighbors": digest(task.neighbors), **{name: name_of(plug) for name, plug in plugs.items()}}
 
-# %% ../nbs/06a_checkpoint.ipynb #c41b0979
+# %% ../nbs/06a_checkpoint.ipynb #d7a71ecc
 class CheckpointError(ICUError):
     "A checkpoint cannot be written or used; the message says which one, and what to do."
 
@@ -107,7 +107,7 @@ def require_same_run(
             problem = f"`{part}` is another one" if part in REMEDY else f"`{part}` was {was!r} and is {now!r}"
         raise CheckpointError(f"{name} belongs to another run: {problem}. {REMEDY.get(part, 'Resume with the old one')}, or choose another checkpoint_dir.")
 
-# %% ../nbs/06a_checkpoint.ipynb #c4da71eb
+# %% ../nbs/06a_checkpoint.ipynb #2a2ba316
 class Checkpoints:
     "The last two checkpoints of one run, in a folder of their own."
     def __init__(self,

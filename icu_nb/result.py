@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'HISTORY', 'SAMPLES', 'METRIC_NAMES', 'CARD', 'Log', 'text_hash', 'before_and_after', 'markdown_table',
            'UnlearnResult']
 
-# %% ../nbs/06b_result.ipynb #ba4a9274
+# %% ../nbs/06b_result.ipynb #55e60a9a
 import copy, dataclasses, hashlib
 from pathlib import Path
 from .core import InputError, atomic_path, provenance, require, write_json
@@ -51,7 +51,7 @@ class Log:
         samples = pd.concat(self.sequences, ignore_index=True) if self.sequences else pd.DataFrame()
         return history.reindex(columns=[*HISTORY, *extra]), samples.reindex(columns=SAMPLES)
 
-# %% ../nbs/06b_result.ipynb #7d87d07e
+# %% ../nbs/06b_result.ipynb #e0a73e63
 def text_hash(
     text: str, # a whole text, as it was given
 ) -> str:
@@ -68,7 +68,7 @@ def before_and_after(
     table = checked[METRICS].T.set_axis(["before", "after"], axis=1).dropna()
     return table.assign(threshold=pd.Series({"ma": thresholds.ma, "el": thresholds.el}))
 
-# %% ../nbs/06b_result.ipynb #cd35dc3c
+# %% ../nbs/06b_result.ipynb #5dc43b10
 METRIC_NAMES = {"ma": "memorization accuracy (MA)", "el": "extraction likelihood (EL)", "bleu": "BLEU of the continuation", "bert_f1": "BERTScore F1 of the continuation"}
 
 CARD = """---

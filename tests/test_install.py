@@ -28,20 +28,26 @@ def folder(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def run(*command, cwd):
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=1500)
+def run(*command, cwd, env=None):
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def test_installs_without_tools_and_imports_from_elsewhere(folder):
-    source, elsewhere, env = (folder / name for name in ("source", "elsewhere", "env"))
-    elsewhere.mkdir()
-    shutil.copytree(ROOT / "icu_nb", source / "icu_nb")  # a copy, since a build leaves files behind
+def build_wheel(folder):
+    """The wheel of this tree, in a folder that exists."""
+    shutil.copytree(ROOT / "icu_nb", folder / "source" / "icu_nb")  # a copy, since a build leaves files behind
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, source, cwd=folder)
+        shutil.copy(ROOT / name, folder / "source")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, folder / "source", cwd=folder)
     wheel, = folder.glob("icu_nb-*.whl")
+    return wheel
+
+
+def test_installs_without_tools_and_imports_from_elsewhere(folder):
+    elsewhere, env = folder / "elsewhere", folder / "env"
+    elsewhere.mkdir()
+    wheel = build_wheel(folder)
 
     run(sys.executable, "-m", "venv", "--without-pip", env, cwd=folder)
     python = env / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")

@@ -61,6 +61,12 @@ def imported_modules(source):
     return set(names)
 
 
+def settings(*names):
+    project = configparser.ConfigParser()
+    project.read(ROOT / "settings.ini")
+    return [project["DEFAULT"][name] for name in names]
+
+
 # ---- notebooks and library ----
 
 def test_there_are_notebooks():
@@ -114,12 +120,23 @@ def test_opens_with_title_promise_and_badge(path):
     assert first["cell_type"] == "markdown"
     assert re.match(r"# \S", text(first["source"]))
     assert re.search(r"^> \S", text(first["source"]), re.M)
-    project = configparser.ConfigParser()
-    project.read(ROOT / "settings.ini")
-    user, repo, branch = (project["DEFAULT"][k] for k in ("user", "repo", "branch"))
+    user, repo, branch = settings("user", "repo", "branch")
     badge = f"https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
     prose = "\n".join(text(c["source"]) for c in cells(path, "markdown"))
     assert badge in re.findall(r"https://colab\.research\.google\.com/github/[^\s)\"'>]+\.ipynb", prose), badge
+
+
+@each_notebook
+def test_first_code_cell_is_the_same_everywhere(path):
+    """It prepares Colab; tests/test_colab.py plays it, and looks at few notebooks unless asked for all."""
+    first, quickstart = (text(cells(f, "code")[0]["source"]) for f in (path, NBS / "00_quickstart.ipynb"))
+    assert first == quickstart
+
+
+def test_first_code_cell_installs_the_version_of_settings():
+    user, repo, version = settings("user", "repo", "version")
+    cell = text(cells(NBS / "00_quickstart.ipynb", "code")[0]["source"])
+    assert re.findall(r'"(git\+[^"]+)"', cell) == [f"git+https://github.com/{user}/{repo}@v{version}"]
 
 
 # ---- what is stored ----
