@@ -154,6 +154,7 @@ def losses_and_gradients(
                 grad_weight.addmm_(gradient.T, states[rows])
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
+            del logits, ref, gradient # else they are there while the next chunk's are made
     return nll, kl, grad_states, grad_weight, grad_bias
 
 # %% ../nbs/02a_head.ipynb #dc948977

@@ -247,7 +247,7 @@ def estimate_memory(
     (V, H), trains = base.get_output_embeddings().weight.shape, base.get_output_embeddings().weight.requires_grad
     kind, tokens, neighbors = torch.device(device).type, batch_size*(1 + n_neighbors)*seq_len, batch_size*n_neighbors*seq_len
     head = 4*V*H if trains else 0
-    chunk = 5*4*V*min(neighbors, max(1, (2**23 if kind == "cpu" else 2**28)//V)) # as in 02a_head
+    chunk = 4*4*V*min(neighbors, max(1, (2**23 if kind == "cpu" else 2**28)//V)) # as in 02a_head
     copies = 2*sum(module.weight.numel() for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))) if kind == "cuda" else 0
     layers = base.config.get_text_config().num_hidden_layers*tokens*layer_bytes(base, seq_len, trains, 2 if kind == "cuda" else 4)
     items = {

@@ -100,7 +100,7 @@ def check_fit(
 ) -> None:
     "One clear error when model, tokenizer and texts do not go together."
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    largest = max(len(tokenizer) - 1, *map(max, tokens))
+    largest = max(tokenizer.vocab_size - 1, pad_id(tokenizer), *map(max, tokens)) # tokens added later may be for images, and never made from text
     require(largest < vocabulary, "tokenizer", f"it makes tokens up to {largest}, and the model knows {vocabulary}", "Use the tokenizer that belongs to the model")
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     long = [i for i, row in enumerate(tokens) if len(row) > context]
