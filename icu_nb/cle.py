@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pair_learning_loss', 'kl_loss', 'model_embedder', 'embed_checked', 'load_vectors', 'cached_embedder',
-           'sentence_embedder', 'second_half', 'nearest_allowed', 'choose_neighbors', 'nearest_neighbors',
-           'switches_off', 'OriginalModel']
+           'sentence_embedder', 'second_half', 'nearest_allowed', 'choose_neighbors', 'check_choice',
+           'nearest_neighbors', 'extraction_neighbors', 'switches_off', 'OriginalModel']
 
 # %% ../nbs/05_cle.ipynb #7c003a47
 import copy, hashlib, zipfile
@@ -164,6 +164,17 @@ def choose_neighbors(
     return np.array([chosen[i] for i in range(len(forget))])
 
 
+def check_choice(
+    retain, # the pool
+    k: int, # neighbors per text
+    max_overlap: float, # share of 10-grams
+) -> None:
+    "Raise `InputError` where no neighbors can be chosen, before anything is embedded."
+    require(isinstance(k, int) and k >= 1, "k", f"{k!r} is not a positive integer", "The paper uses k=1")
+    require(len(retain) >= k, "retain", f"{len(retain)} texts are fewer than k={k}", "Give more texts or a smaller k")
+    require_number("max_overlap", max_overlap, high=1.0)
+
+
 def nearest_neighbors(
     forget: list[str], # n texts to unlearn
     retain: list[str], # the pool of texts that may stay
@@ -174,11 +185,29 @@ def nearest_neighbors(
 ) -> np.ndarray: # IntArray [n, k]: indices into `retain`, nearest first
     "The nearest texts of the retain pool by exact L2 search (faiss), near-duplicates passed over."
     forget, retain = check_texts(forget, "forget"), check_texts(retain, "retain")
-    require(isinstance(k, int) and k >= 1, "k", f"{k!r} is not a positive integer", "The paper uses k=1")
-    require(len(retain) >= k, "retain", f"{len(retain)} texts are fewer than k={k}", "Give more texts or a smaller k")
-    require_number("max_overlap", max_overlap, high=1.0)
+    check_choice(retain, k, max_overlap)
     vectors, queries = embed_checked(embedder, retain), embed_checked(embedder, forget)
     return choose_neighbors(queries, vectors, forget, retain, k, max_overlap)
+
+# %% ../nbs/05_cle.ipynb #538189b1
+def extraction_neighbors(
+    forget: np.ndarray, # int array [n, T]: the tokens of one run's forget sequences
+    full: np.ndarray, # int array [m, T]: the sequences they are drawn from; `data.full_extraction_set` for the paper's
+    tokenizer, # GPT-2's
+    *,
+    embedder: Callable, # texts -> float array [n, D]; the paper's: sentence_embedder("all-MiniLM-L6-v2")
+    k: int=1, # neighbors per sequence; the authors publish ten
+    max_overlap: float=0.5, # as in `nearest_neighbors`; 1.0: the paper's way, near-duplicates and all
+) -> np.ndarray: # IntArray [n, k]: rows of `full` without the forget sequences, nearest first
+    "Neighbors as in the paper: by the second halves of all sequences, the forget sequences taken out."
+    forget, full = ([tuple(row) for row in np.asarray(rows).tolist()] for rows in (forget, full))
+    known, gone = set(full), set(forget)
+    lacking = [i for i, row in enumerate(forget) if row not in known]
+    require(not lacking, "full", f"the forget sequences {lacking[:5]} do not stand in it", "Give the set that they were drawn from")
+    pool = [row for row in full if row not in gone]
+    check_choice(pool, k, max_overlap)
+    vectors = embed_checked(embedder, tokenizer.batch_decode([row[len(row)//2:] for row in pool + forget]))
+    return choose_neighbors(vectors[len(pool):], vectors[:len(pool)], tokenizer.batch_decode(forget), tokenizer.batch_decode(pool), k, max_overlap)
 
 # %% ../nbs/05_cle.ipynb #84d69a2e
 def switches_off(

@@ -6,8 +6,8 @@
 __all__ = ['TEMPLATES', 'FORMAL', 'BORN', 'ICU_FILES', 'TOKEN_COMMIT', 'TEXT_COMMIT', 'FORGET_SHA', 'NEIGHBOR_SHA', 'TEXT_SHA',
            'PUBLIC_FILES', 'Corpus', 'person', 'people', 'documentation_paragraphs', 'word_ngrams', 'containment',
            'deduplicate', 'split', 'general_split', 'people_corpus', 'file_corpus', 'download', 'data_folder',
-           'data_file', 'gpt2_tokenizer', 'pile_extraction', 'local_runs', 'dialogues', 'wikitext', 'pile_corpus',
-           'load_corpus']
+           'data_file', 'gpt2_tokenizer', 'pile_extraction', 'local_runs', 'full_extraction_set', 'dialogues',
+           'wikitext', 'pile_corpus', 'load_corpus']
 
 # %% ../nbs/01_data.ipynb #534efc74
 import csv, hashlib, http.client, json, os, pydoc_data.topics, random, re, urllib.request
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from .core import DownloadError, atomic_path, cache_dir, require
+from .core import DownloadError, InputError, atomic_path, cache_dir, require
 # All of it stays importable from here: texts, tokens and data are one subject to whoever uses the library.
 from .tokens import Sequences, check_texts, pad, pad_id, prompt_suffix, read_table, read_texts, tokenize
 import datasets
@@ -284,6 +284,20 @@ def local_runs(
     "The runs at hand: those in the local folder, or all five where files are downloaded."
     folder = data_folder(data_dir)
     return [k for k in range(5) if folder is None or (folder/f"pile_extraction/run{k}/neighbour_tokens.npy").exists()]
+
+# %% ../nbs/01_data.ipynb #841ad034
+def full_extraction_set(
+    path: str|Path, # your copy of datasets/train_dataset.npy of ethz-spylab/lm-extraction-benchmark-data
+) -> np.ndarray: # uint16 array [15000, 200]: GPT-2 tokens
+    "All 15,000 Pile sequences, from which the paper draws its runs and their neighbors."
+    remedy = "Give datasets/train_dataset.npy of ethz-spylab/lm-extraction-benchmark-data"
+    try:
+        rows = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"`path`: {str(path)!r} cannot be read as an .npy file. {remedy}. ({error})") from error
+    require(rows.dtype == np.uint16 and rows.shape == (15000, 200), "path", f"it holds {rows.dtype} {list(rows.shape)}, not uint16 [15000, 200]", remedy)
+    require(rows.max() < 50257, "path", f"token {rows.max()} is not in GPT-2's vocabulary", remedy)
+    return rows
 
 # %% ../nbs/01_data.ipynb #8eb5bf1c
 def dialogues(
