@@ -17,8 +17,9 @@ SEQ_LEN =
 SEED =
 MAX_EPOCHS =
 OUT_DIR = runs/quickstart
-# What the benchmarks run on: cpu, or cuda for the rows of a GPU.
+# What the benchmarks run on: cpu, or cuda for the rows of a GPU; and which parts, if not all.
 DEVICE = cpu
+PARTS =
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -91,10 +92,10 @@ seeds: .venv/.nb  ## the quickstart with seeds 0 1 2 on people, and on pile wher
 	done; done
 	$(PY) .ci/collect_seeds.py runs/seeds figures/data/quickstart.csv
 
-bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda]
+bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search"]
 	@mkdir -p runs/bench figures/data
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/13_benchmarks.ipynb runs/bench/13_benchmarks.ipynb --cwd nbs \
-		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE)
+		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
 
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis
