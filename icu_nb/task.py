@@ -9,6 +9,7 @@ __all__ = ['ICUConfig', 'as_texts', 'to_tokens', 'as_trained', 'check_fit', 'kee
 import hashlib, math, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from .core import require, require_number
 from .data import Sequences, check_texts, pad, pad_id, tokenize
 from .metrics import el_positions
@@ -163,7 +164,7 @@ def prepare_task(
     forget_texts, retain_texts = as_trained(forget_texts, forget_tokens, tokenizer), as_trained(retain_texts, retain_tokens, tokenizer)
     kept = keep_apart(forget_texts, retain_texts)
     require(len(kept) >= config.n_neighbors, "retain", f"{len(kept)} texts are left, fewer than n_neighbors={config.n_neighbors}", "Give more retain texts, or a smaller n_neighbors")
-    embedder = sentence_embedder(embedder) if isinstance(embedder, str) else embedder or model_embedder(model, tokenizer, config.eval_batch_size)
+    embedder = sentence_embedder(embedder) if isinstance(embedder, (str, Path)) else embedder or model_embedder(model, tokenizer, config.eval_batch_size)
     second_halves = tokenizer.batch_decode([row[len(row)//2:] for row in [*(retain_tokens[j] for j in kept), *forget_tokens]])
     vectors = embed_checked(embedder, second_halves)
     found = choose_neighbors(vectors[len(kept):], vectors[:len(kept)], forget_texts, [retain_texts[j] for j in kept], config.n_neighbors, config.max_overlap)

@@ -42,7 +42,7 @@ def recompute_layers(
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return layers
 
-# %% ../nbs/07_unlearn.ipynb #f718e6d6
+# %% ../nbs/07_unlearn.ipynb #fdb6dd2c
 def prepared(
     accelerator: Accelerator, # knows the processes
     model, # a causal LM on its device
@@ -132,7 +132,7 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-# %% ../nbs/07_unlearn.ipynb #9af7c42b
+# %% ../nbs/07_unlearn.ipynb #f1e16bab
 def ask_all(
     run: Run, # what it works with
     question: Callable, # (sequences, their row numbers) -> an answer
@@ -210,7 +210,7 @@ def stop_reason(
         return "all_forgotten" if epoch else "nothing_to_forget"
     return "max_epochs" if epoch >= config.max_epochs else None
 
-# %% ../nbs/07_unlearn.ipynb #54546227
+# %% ../nbs/07_unlearn.ipynb #f3447b94
 def open_checkpoints(
     checkpoint_dir: str|Path|None, # see `unlearn`
     resume: bool|str|Path, # see `unlearn`
@@ -264,7 +264,7 @@ def load_progress(
             run.accelerator.scaler.load_state_dict(state["scale"])
     return state
 
-# %% ../nbs/07_unlearn.ipynb #a972c0d0
+# %% ../nbs/07_unlearn.ipynb #ddf53891
 def require_tracker(
     name: str|None, # see `unlearn`
 ) -> None:
