@@ -3,23 +3,27 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
+import re
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import icu_nb.cli
 from icu_nb.cli import main, sample_pool
 from icu_nb.core import InputError
 from icu_nb.loading import load_model
 from icu_nb.metrics import NonFinite
+from icu_nb.models import tiny_gpt_neo
 from icu_nb.unlearn import unlearn
 from test_processes import ON_CPU, child, free_port
 
@@ -285,6 +289,33 @@ def test_bad_input(call, work, monkeypatch, wrong):
     assert len([line for line in err.splitlines() if "error: " in line]) == 1 and pd.Series([err.splitlines()[-1]]).str.contains(words).all(), err
 
 
+def encoder(folder, tiny):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)).save_pretrained(folder)
+
+
+def smaller(folder, tiny):
+    tiny_gpt_neo(200, max_length=64, n_layers=2, hidden_size=32, n_heads=2).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save, words", [(encoder, "--model: .*encoder"), (smaller, "--model: its tokenizer makes tokens up to 299")])
+def test_models_that_do_not_fit(call, tmp_path, tiny, save, words):
+    save(tmp_path/"model", tiny)
+    tiny.tokenizer.save_pretrained(tmp_path/"model")
+    code, out, err = call(model=tmp_path/"model")
+    assert code == 2 and out == "" and re.search(words, err) and len(err.splitlines()) == 1 and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error, words", [
+    (RepositoryNotFoundError("404", response=Mock()), "neither a folder nor a repository of the Hub"), (GatedRepoError("403", response=Mock()), "is gated.*hf auth login"),
+    (OfflineModeIsEnabled("offline"), "the Hub cannot be reached")], ids=lambda value: type(value).__name__)
+def test_what_the_hub_says(call, tmp_path, monkeypatch, error, words):
+    def fails(*args, **options):
+        raise error
+    monkeypatch.setattr("icu_nb.loading.cached_file", fails)
+    code, out, err = call(model="nobody/model")
+    assert code == 2 and out == "" and re.search(f"^icu-unlearn: error: --model: 'nobody/model' .*{words}", err) and len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_a_required_option_is_missing(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--model", "x"])
@@ -294,12 +325,20 @@ def test_a_required_option_is_missing(capsys):
 def test_an_old_folder_goes_when_the_new_one_is_there(call, given, work, monkeypatch):
     assert call(out=work/"used", overwrite=True, lr=-1)[0] == 2 and (work/"used"/"forget.jsonl").exists()
 
-    def full(*args, **options):
-        raise OSError(28, "No space left on device")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(result, out, save=icu_nb.cli.save):
+        """Saved on a disk with no room for it: a file may grow to so many bytes and no further."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            save(result, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("icu_nb.result.write_json", full)
+        patch.setattr(icu_nb.cli, "save", save)
         code, out, err = call(out=work/"used", overwrite=True)
-    assert code == 2 and "No space left" in err and "--resume" in err and out == "" and list((work/"used").iterdir()) == [work/"used"/"forget.jsonl"]
+    assert code == 2 and "File too large" in err and "--resume" in err and out == "" and list((work/"used").iterdir()) == [work/"used"/"forget.jsonl"]
     assert call(out=work/"used", overwrite=True, resume=True)[0] == 3
     assert (work/"used"/"model.safetensors").exists() and not (work/"used"/"forget.jsonl").exists()
     assert sorted(path.name for path in work.iterdir() if "used" in path.name) == ["used"]
@@ -325,11 +364,9 @@ def test_the_command(given, tmp_path):
 
 def speaks_to(folder, out, job):
     """One of several processes; what it says goes into files of its own."""
-    from accelerate import PartialState
-    rank = PartialState().process_index
+    rank = os.environ["RANK"]
     with open(Path(out)/f"stdout{rank}", "w") as sys.stdout, open(Path(out)/f"stderr{rank}", "w") as sys.stderr:
-        code = main(job)
-    os._exit(code)
+        sys.exit(main(job))
 
 
 def test_two_processes(given, tmp_path, monkeypatch):
