@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
 
 # %% ../nbs/06b_result.ipynb #937b3702
 METRICS = ["ma", "el", "bleu", "bert_f1"]
@@ -160,6 +161,6 @@ class UnlearnResult:
                     self.tokenizer.save_pretrained(new)
                     write_json(new/"icu_result.json", self.facts())
                     (new/"README.md").write_text(self.card(), encoding="utf-8")
-            except OSError as error:
+            except (OSError, SafetensorError) as error: # a full disk is the latter
                 raise InputError(f"`folder`: {folder} cannot be written ({error}). Choose another one, or free some space; nothing was left behind.") from error
         return folder

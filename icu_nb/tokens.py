@@ -70,8 +70,9 @@ def read_texts(
         except ValueError as error: # not UTF-8, or not what the file's ending says
             raise InputError(f"`source`: {path.name} cannot be read as {path.suffix} in UTF-8 ({' '.join(str(error).split())}). Mend the file, or give a list of strings.") from error
     if isinstance(source, (datasets.Dataset, pd.DataFrame)):
+        require(len(source) > 0, "source", "there are no texts", "Give at least one")
         columns = list(source.column_names if isinstance(source, datasets.Dataset) else source.columns)
-        require(column in columns, "column", f"there is no column {column!r} in {columns}", "Name the one that holds the texts")
+        require(column in columns, "column", f"none of the {len(columns)} columns is called {column!r}", "Name the one that holds the texts; a CSV file begins with a line of names")
         source = list(source[column])
     return check_texts(source, "source")
 
