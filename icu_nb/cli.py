@@ -13,10 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from tqdm.auto import tqdm
 from .core import ICUError, InputError, atomic_path, require, require_number, seed_everything
 from .tokens import read_texts
 from .data import word_ngrams
@@ -27,6 +23,10 @@ from .iur import Thresholds, calibrate_thresholds, select_active, select_over_th
 from .task import ICUConfig, check_fit, to_tokens
 from .result import UnlearnResult, before_and_after
 from .unlearn import unlearn
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from tqdm.auto import tqdm
 
 # %% ../nbs/14_your_own_model.ipynb #14a00028
 def recites(
