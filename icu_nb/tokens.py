@@ -72,7 +72,8 @@ def read_texts(
     if isinstance(source, (datasets.Dataset, pd.DataFrame)):
         require(len(source) > 0, "source", "there are no texts", "Give at least one")
         columns = list(source.column_names if isinstance(source, datasets.Dataset) else source.columns)
-        require(column in columns, "column", f"none of the {len(columns)} columns is called {column!r}", "Name the one that holds the texts; a CSV file begins with a line of names")
+        names = [name for name in columns if str(name).isidentifier()] # a CSV file without a line of names has a text in its place: not to be shown
+        require(column in columns, "column", f"none of the {len(columns)} columns is called {column!r}{' (there is: ' + ', '.join(names) + ')' if names else ''}", "Name the one that holds the texts; a CSV file begins with a line of names")
         source = list(source[column])
     return check_texts(source, "source")
 
