@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .core import InputError, atomic_path, cache_dir, require, require_number
 from .data import Sequences, check_texts, containment, tokenize, word_ngrams
 from .head import last_hidden_states, linear_head
-from .metrics import evaluating
+from .metrics import context_length, evaluating, halving_batches
 from .models import mean_token_nll, weights_digest
 
 # %% ../nbs/05_cle.ipynb #c98e2c72
@@ -51,15 +51,15 @@ def model_embedder(
     batch_size: int=32, # texts per forward pass
 ) -> Callable: # texts -> float32 array [n, H]
     "The offline default: the model's own last hidden states, averaged over a text's tokens, at unit length."
+    @halving_batches
+    def means(sequences: Sequences, *, batch_size: int=batch_size) -> list[torch.Tensor]:
+        weights = lambda batch: batch.attention_mask[..., None]
+        batches = (batch.to(model.device) for batch in sequences.batches(batch_size))
+        return [(last_hidden_states(model, batch)*weights(batch)).sum(1) / weights(batch).sum(1).clamp(min=1) for batch in batches]
+
     def embed(texts: list[str]) -> np.ndarray:
-        sequences = tokenize(texts, tokenizer, getattr(model.config, "max_position_embeddings", None))
-        means = []
         with evaluating(model):
-            for batch in sequences.batches(batch_size):
-                batch = batch.to(model.device)
-                weights = batch.attention_mask[..., None]
-                means.append((last_hidden_states(model, batch)*weights).sum(1) / weights.sum(1).clamp(min=1))
-        return F.normalize(torch.cat(means).float(), dim=-1).cpu().numpy()
+            return F.normalize(torch.cat(means(tokenize(texts, tokenizer, getattr(model.config, "max_position_embeddings", None)))).float(), dim=-1).cpu().numpy()
     return embed
 
 # %% ../nbs/05_cle.ipynb #05ca11a1
@@ -104,6 +104,7 @@ def cached_embedder(
                 np.savez(file, keys=list(new), vectors=vectors)
             known |= zip(new, vectors)
         return np.stack([known[key] for key in keys])
+    embed.uncached = embedder # for texts of which nothing may be left behind
     return embed
 
 # %% ../nbs/05_cle.ipynb #26519f54
@@ -244,13 +245,14 @@ class OriginalModel:
             self.way = "hidden states"
             self.head = copy.deepcopy(self.head).requires_grad_(False) # tied to the embedding, it trains too
             with evaluating(model):
-                self.parts = {name: self._hidden(sequences, batch_size) for name, sequences in self.sequences.items()}
+                self.parts = {name: self._hidden(sequences, batch_size=batch_size) for name, sequences in self.sequences.items()}
         else:
             self.way = "copy"
             self.whole = copy.deepcopy(model).eval().requires_grad_(False)
             self.head = linear_head(self.whole)
 
-    def _hidden(self, sequences: Sequences, batch_size: int) -> torch.Tensor:
+    @halving_batches
+    def _hidden(self, sequences: Sequences, *, batch_size: int=32) -> torch.Tensor:
         states = [last_hidden_states(self.model, batch) for batch in sequences.batches(batch_size)]
         return torch.cat(states) if states else torch.empty(0)
 

@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 from .core import InputError, require, require_number
 from .data import Sequences, check_texts, pad_id, prompt_suffix, tokenize
-from .metrics import distinct_n, el_positions, halving_batches, memorization, sentence_bleu, token_entropy
+from .loading import without_adapter
+from .metrics import context_length, distinct_n, el_positions, halving_batches, memorization, sentence_bleu, token_entropy
 
 # %% ../nbs/06_iur.ipynb #cc5116c6
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def calibrate_thresholds(
     "The mean MA and EL of texts never seen: a model that scores no higher on the forget set treats it as unseen."
     require_number("el_floor", el_floor, high=1.0)
     sequences = tokenize(check_texts(heldout, "heldout"), tokenizer, seq_len)
+    long = [i for i, length in enumerate(sequences.lengths.tolist()) if length > context_length(model)]
+    require(not long, "heldout", f"texts {long[:5]} are longer than the model's context of {context_length(model)} tokens", "Set seq_len, or cut them")
     el_positions(sequences.lengths.tolist(), n, start, "heldout")
     accuracy, likelihood = memorization(model, sequences.input_ids, sequences.attention_mask, n=n, start=start, batch_size=batch_size)
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
@@ -74,6 +77,7 @@ class OwnLength(StoppingCriteria):
         return input_ids.shape[1] >= self.totals.to(input_ids.device).repeat_interleave(rows_each)
 
 # %% ../nbs/06_iur.ipynb #0ecd01b0
+@halving_batches
 @torch.no_grad()
 def continuations(
     model, # a causal LM
@@ -85,7 +89,7 @@ def continuations(
     batch_size: int=32, # prompts at a time
 ) -> list[list[int]]:
     "Beam-search continuations of exactly the given lengths; end-of-sequence is an ordinary token."
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model # peft keeps the settings in the model it wraps
+    owner = without_adapter(model) # peft keeps the settings there
     own_config, owner.generation_config = owner.generation_config, GenerationConfig() # no end token, no penalties
     said = []
     try:

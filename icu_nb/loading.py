@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['refusal', 'check_kind', 'looks_ahead', 'check_loaded', 'check_device', 'quietly', 'load_model', 'source_of',
-           'check_targets', 'add_lora', 'parameter_counts', 'merge_lora', 'without_weights', 'layer_bytes',
-           'estimate_memory']
+           'check_targets', 'add_lora', 'parameter_counts', 'without_adapter', 'merge_lora', 'without_weights',
+           'layer_bytes', 'estimate_memory']
 
 # %% ../nbs/01a_loading.ipynb #01a00004
 import copy, re, textwrap, warnings
@@ -193,6 +193,13 @@ def parameter_counts(
     parameters = list(model.parameters())
     return {"total": sum(p.numel() for p in parameters), "trainable": sum(p.numel() for p in parameters if p.requires_grad)}
 
+
+def without_adapter(
+    model, # a causal LM, with or without an adapter
+): # the transformers model inside, whose layers still hold the adapter
+    "The model that peft wraps: it knows what its class can do, where the wrapper knows only its own."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 # %% ../nbs/01a_loading.ipynb #01a00039
 def merge_lora(
     model, # a peft model; used up by this. One without an adapter is returned as it is
@@ -243,7 +250,7 @@ def estimate_memory(
     "The memory that a run of `unlearn` will take at the peak of a step, from shapes alone; for models whose head is one linear layer."
     if lora or not isinstance(model, torch.nn.Module):
         model = without_weights(getattr(model, "config", model), lora)
-    counts, base = parameter_counts(model), model.get_base_model() if hasattr(model, "get_base_model") else model
+    counts, base = parameter_counts(model), without_adapter(model)
     (V, H), trains = base.get_output_embeddings().weight.shape, base.get_output_embeddings().weight.requires_grad
     kind, tokens, neighbors = torch.device(device).type, batch_size*(1 + n_neighbors)*seq_len, batch_size*n_neighbors*seq_len
     head = 4*V*H if trains else 0

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from .core import InputError, best_device, require
 from .data import Sequences, check_texts, pad, tokenize
 from .head import chunk_length, states_or_logits
+from .loading import without_adapter
 from .models import token_losses
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def matches(
     "The share of real tokens after the first that are the greedy ones; 0 for a sequence of one token."
     real = batch.attention_mask[:, 1:].bool()
     hits = ((greedy == batch.input_ids)[:, 1:] & real).sum(1)
-    return (hits.double() / real.sum(1).clamp(min=1)).cpu()
+    return hits.cpu().double() / real.sum(1).clamp(min=1).cpu() # Apple's GPUs know no float64
 
 # %% ../nbs/03_metrics.ipynb #504602cb
 @halving_batches
@@ -236,7 +237,7 @@ def continue_from_cache(
     "R greedy continuations at once, none of whose prefixes is computed again."
     prefixes, width = gather_prefixes(cache, rows, offsets, steps[0] - 1), int(offsets.max())
     mask = (torch.arange(width + steps[0], device=offsets.device) >= (width - offsets)[:, None]).long()
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
     said = torch.zeros(len(first), steps[0], dtype=torch.long, device=offsets.device)
     said[:, 0] = first
     for step in range(1, steps[0]):

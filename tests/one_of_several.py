@@ -1,5 +1,6 @@
 """One process of a run that several share; the first one writes what came of it. test_processes.py forks it, and starts it through launchers too."""
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(folder, out, job):
         model = add_lora(model, 4)
     objective = Watched(gradient_ascent if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks"))
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
-    no_room = job.get("no_room") and PartialState().is_main_process
+    no_room = job.get("no_room") and os.environ.get("RANK", "0") == "0"  # accelerate is not asked: the first question settles what it takes itself for
     try:
         with patch("torch.save", side_effect=OSError(28, "No space left on device")) if no_room else nullcontext():
             result = unlearn(model, tokenizer, texts["forget"], texts["retain"], config, objective=objective, thresholds=Thresholds(ma=0.0, el=0.0),

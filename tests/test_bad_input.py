@@ -277,3 +277,14 @@ def test_a_model_that_is_broken_already(tiny):
         model.transformer.ln_f.weight[0] = NAN
     with pytest.raises(InputError, match="`embedder`|`model`"):
         unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config())
+
+
+def test_processes_that_do_not_know_of_each_other(refused, monkeypatch):
+    """Each would take itself for the first, and all would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("`WORLD_SIZE`: 2 processes .* knows of 1.*ACCELERATE_USE_CPU")
+
+
+def test_heldout_texts_too_long_for_the_model(tiny):
+    with pytest.raises(InputError, match=r"`heldout`: texts \[0\] are longer"):
+        calibrate_thresholds(tiny.model, tiny.tokenizer, [" ".join(tiny.heldout[:3])])

@@ -152,6 +152,8 @@ def test_an_adapter_is_all_that_is_kept(tiny, tmp_path):
     assert stored and all("lora" in name for name in stored)
     shutil.rmtree(tmp_path/"epoch-00005")
     assert_same_run(run(tiny, tmp_path, model=adapted(1), resume=True), whole)  # whatever the new adapter began with
+    with pytest.raises(CheckpointError, match="add the adapter that the run began with"):
+        run(tiny, tmp_path, model=add_lora(tiny.copy(), 8), resume=True)
 
 
 # ---- refused ----

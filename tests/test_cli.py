@@ -1,4 +1,5 @@
 """icu-unlearn: what it writes, what it says, how it ends; and that no text to forget gets out."""
+import copy
 import functools
 import json
 import multiprocessing
@@ -19,12 +20,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import icu_nb.cli
-from icu_nb.cli import main, sample_pool
+from icu_nb.cli import OUTCOMES, clear, main, sample_pool
 from icu_nb.core import InputError
+from icu_nb.data import tokenize
+from icu_nb.iur import Thresholds
 from icu_nb.loading import load_model
 from icu_nb.metrics import NonFinite
 from icu_nb.models import tiny_gpt_neo
-from icu_nb.unlearn import unlearn
+from icu_nb.unlearn import MESSAGES, unlearn
 from test_processes import ON_CPU, child, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,10 +113,15 @@ def test_max_epochs(call, tmp_path):
 
 
 def test_nothing_to_forget(call, given, tmp_path, tiny):
-    lines(tmp_path/"strange.jsonl", tiny.heldout)
-    code, out, _ = call(forget=tmp_path/"strange.jsonl", heldout=tmp_path/"strange.jsonl")
+    lines(tmp_path/"strange.jsonl", tiny.heldout[:4])
+    lines(tmp_path/"unseen.jsonl", tiny.heldout[4:])
+    code, out, _ = call(forget=tmp_path/"strange.jsonl", heldout=tmp_path/"unseen.jsonl")
     assert code == 0 and json.loads(out)["stop_reason"] == "nothing_to_forget"
     assert same(weights(tmp_path/"out"), load_file(given/"model"/"model.safetensors"))
+
+
+def test_every_end_of_a_run_has_an_exit_code():
+    assert OUTCOMES.keys() == MESSAGES.keys() | {"non_finite_loss"} and OUTCOMES["all_forgotten"] == 0
 
 
 def test_settings_reach_the_run(call, tmp_path):
@@ -156,10 +164,10 @@ def test_a_warning_is_one_line(call, tmp_path, tiny):
 def test_no_text_to_forget_gets_out(call, given, tmp_path, tiny):
     seen = []
 
-    def look(result, out, save=icu_nb.cli.save):
+    def look(*given, save=icu_nb.cli.save):
         checkpoints = tmp_path/"out.checkpoints"
         seen.append({name: data for name, data in content(checkpoints).items() if not name.endswith("state.pt")})
-        save(result, out)
+        save(*given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(icu_nb.cli, "save", look)
@@ -232,6 +240,57 @@ def test_interrupted(call, tmp_path, monkeypatch):
     assert call(resume=True)[0] == 3
 
 
+def test_a_folder_that_was_filled_meanwhile(call, tmp_path):
+    """Not replaced, and the result is not lost."""
+    def save(*given, save=icu_nb.cli.save):
+        (tmp_path/"out").mkdir()
+        (tmp_path/"out"/"letter.txt").write_text("mine")
+        save(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icu_nb.cli, "save", save)
+        code, out, err = call()
+    assert code == 2 and out == "" and re.search("^icu-unlearn: error: --out: .* filled during the run.*--resume", err, re.M)
+    assert content(tmp_path/"out") == {"letter.txt": b"mine"} and (tmp_path/"out.checkpoints"/"epoch-00002").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.checkpoints"]
+    (tmp_path/"out"/"letter.txt").unlink()
+    assert call(resume=True)[0] == 3 and (tmp_path/"out"/"model.safetensors").exists() and not (tmp_path/"out.checkpoints").exists()
+
+
+def test_killed_while_saving(call, given, tmp_path, monkeypatch):
+    """What it left is swept by the next run; what looks like it and is somebody else's stays."""
+    def half(result, folder):
+        Path(folder).mkdir()
+        (Path(folder)/"model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), 9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("icu_nb.cli.UnlearnResult.save_pretrained", half)
+        process = multiprocessing.get_context("fork").Process(target=lambda: (torch.set_num_threads(1), main(options(given, tmp_path/"out"))))
+        process.start()
+        process.join()
+    leftover, = tmp_path.glob(".out.*")
+    assert process.exitcode == -9 and (leftover/"out"/"model.safetensors").exists()
+    others = [".out.backups1/letters", ".out.config/out", ".other.abcd1234/other", ".out.abcd1234/old"]
+    for other in others:
+        (tmp_path/other).mkdir(parents=True)
+    assert call(resume=True)[0] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", *(other.split("/")[0] for other in others)]), "an old folder stays while there is no new one"
+    assert call(overwrite=True)[0] == 3 and not (tmp_path/".out.abcd1234").exists() and (tmp_path/".out.backups1"/"letters").exists()
+
+
+def test_only_checkpoints_are_cleared(tmp_path):
+    folder = tmp_path/"out.checkpoints"
+    for name in ("epoch-00001", ".epoch-00002.k3_x9a0b", "letters"):
+        (folder/name).mkdir(parents=True)
+    clear(folder)
+    assert [path.name for path in folder.iterdir()] == ["letters"]
+    (folder/"letters").rmdir()
+    clear(folder)
+    clear(folder)
+    assert not folder.exists()
+
+
 def test_no_number(call, tmp_path, monkeypatch):
     def broken(*args):
         raise NonFinite("the loss is nan in batch 1; the model is as it was before that step")
@@ -260,6 +319,11 @@ BAD = {
     "a file": (dict(out="numbers.jsonl"), "--out: .*no name of a folder"),
     "no name": (dict(out="."), "--out"),
     "in use": (dict(out="used"), "--out: used is there and not empty.*--overwrite"),
+    "held out and to forget": (dict(heldout="shared.jsonl"), "--heldout: 2 of its texts also stand in --forget"),
+    "a line that is null": (dict(forget="null.jsonl"), "--forget: null.jsonl .*line 2"),
+    "half a character": (dict(retain="half.jsonl"), r"--retain: half a character .*\[1\]"),
+    "holds an embedder": (dict(out="used", overwrite=True, embedder="used/embedder"), "--out: used holds what --embedder named"),
+    "holds an encoder": (dict(out="used", overwrite=True, encoder="used"), "--out: used holds what --encoder named"),
     "holds what is read": (dict(out="used", overwrite=True, forget="used/forget.jsonl"), "--out: used holds what --forget names?"),
 }
 
@@ -273,6 +337,9 @@ def work(tmp_path, monkeypatch, tiny):
     (work/"texts.pdf").write_bytes(b"%PDF")
     (work/"malformed.jsonl").write_text('{"text": "a"}\n\n{"text": "b"')
     (work/"numbers.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
+    (work/"null.jsonl").write_text('{"text": "a"}\nnull\n')
+    lines(work/"half.jsonl", ["fine", "half \ud83d"])
+    lines(work/"shared.jsonl", [*tiny.heldout, *tiny.forget[:2]])
     lines(work/"used"/"forget.jsonl", tiny.forget)
     monkeypatch.chdir(work)
     return work
@@ -287,6 +354,45 @@ def test_bad_input(call, work, monkeypatch, wrong):
     code, out, err = call(**{"out": work/"out", **changes})
     assert code == 2 and out == "" and content(work.parent) == before and not (work/"out").exists() and not list(work.glob("*.checkpoints"))
     assert len([line for line in err.splitlines() if "error: " in line]) == 1 and pd.Series([err.splitlines()[-1]]).str.contains(words).all(), err
+
+
+@pytest.mark.parametrize("there", ["out.checkpoints/epoch-best/model", "out.checkpoints/letter.txt", "out.checkpoints/epoch-1.pt", "out.checkpoints"])
+@pytest.mark.parametrize("changes", [dict(), dict(overwrite=True), dict(resume=True)], ids=str)
+def test_a_folder_of_checkpoints_that_is_not_ours(call, tmp_path, there, changes):
+    (tmp_path/there).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path/there).write_text("mine")
+    code, out, err = call(**changes)
+    assert code == 2 and out == "" and re.search("^icu-unlearn: error: --out: .*out.checkpoints, which is or holds something else", err)
+    assert content(tmp_path) == {there: b"mine"}
+
+
+def test_a_folder_that_may_not_be_searched(call, tmp_path, monkeypatch):
+    def locked(path, *args, is_dir=Path.is_dir):
+        if "locked" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path, *args)
+    monkeypatch.setattr(Path, "is_dir", locked)
+    code, out, err = call(out=tmp_path/"locked"/"out")
+    assert code == 2 and out == "" and re.search(r"^icu-unlearn: error: --out: .*cannot be written \(Permission denied\)", err) and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("overwrite", [None, True])
+def test_a_mount_point(call, tmp_path, monkeypatch, overwrite):
+    (tmp_path/"out"/"lost+found").mkdir(parents=True)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path/"out")
+    code, out, err = call(overwrite=overwrite)
+    assert code == 2 and out == "" and re.search("^icu-unlearn: error: --out: .*mount point", err)
+
+
+@pytest.mark.parametrize("heldout, words", [("fits", "--forget: texts"), ("long", "--heldout: texts")], ids=["forget", "heldout"])
+def test_longer_than_the_context_is_said_first(call, tmp_path, tiny, monkeypatch, heldout, words):
+    short = lambda texts: tiny.tokenizer.batch_decode(tokenize(texts, tiny.tokenizer, 56).tokens())
+    lines(tmp_path/"forget.jsonl", tiny.forget if heldout == "fits" else short(tiny.forget))
+    lines(tmp_path/"heldout.jsonl", tiny.heldout if heldout == "long" else short(tiny.heldout))
+    for name in ("icu_nb.iur.memorization", "icu_nb.cli.sample_tokens"):
+        monkeypatch.setattr(name, lambda *args, **options: pytest.fail("it asked the model first"))
+    code, out, err = call(forget=tmp_path/"forget.jsonl", heldout=tmp_path/"heldout.jsonl", retain=None, seq_len=None)
+    assert code == 2 and out == "" and re.search(f"^icu-unlearn: error: {words} .*context of 64", err, re.M)
 
 
 def encoder(folder, tiny):
@@ -327,11 +433,11 @@ def test_an_old_folder_goes_when_the_new_one_is_there(call, given, work, monkeyp
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(result, out, save=icu_nb.cli.save):
+    def save(*given, save=icu_nb.cli.save):
         """Saved on a disk with no room for it: a file may grow to so many bytes and no further."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
-            save(result, out)
+            save(*given)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -369,19 +475,43 @@ def speaks_to(folder, out, job):
         sys.exit(main(job))
 
 
-def test_two_processes(given, tmp_path, monkeypatch):
-    monkeypatch.setattr("one_of_several.main", speaks_to)
-    (tmp_path/"said").mkdir()
-    port, work = free_port(), options(given, tmp_path/"out", lr=1e-4)
-    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank, 2, port, None, tmp_path/"said", work)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [3, 3]
+@pytest.fixture
+def in_two_processes(given, tmp_path, monkeypatch):
+    """Run the command in two processes; their exit codes."""
+    def run(speak=speaks_to, **changes):
+        monkeypatch.setattr("one_of_several.main", speak)
+        (tmp_path/"said").mkdir()
+        port, work = free_port(), options(given, tmp_path/"out", lr=1e-4, **changes)
+        processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank, 2, port, None, tmp_path/"said", work)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=120)
+            process.kill()
+        return [process.exitcode for process in processes]
+    return run
+
+
+def test_two_processes(in_two_processes, tmp_path):
+    assert in_two_processes() == [3, 3]
     assert json.loads((tmp_path/"said"/"stdout0").read_text())["epochs"] == 2 and "published" in (tmp_path/"said"/"stderr0").read_text()
     assert (tmp_path/"said"/"stdout1").read_text() == "" and "icu-unlearn" not in (tmp_path/"said"/"stderr1").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "said"]
+
+
+def rounds_otherwise(*job):
+    """One of several processes, of which the second finds other thresholds and another pool."""
+    rank = int(os.environ["RANK"])
+    icu_nb.cli.calibrate_thresholds = lambda *args, **options: Thresholds(ma=float(rank), el=float(rank))
+    icu_nb.cli.sample_pool = lambda model, tokenizer, n, *args, **options: [f"{rank} says number {i} " * 20 for i in range(n)]
+    speaks_to(*job)
+
+
+def test_the_first_of_two_processes_decides(in_two_processes, given, tmp_path):
+    """By the second one's thresholds there would be nothing to forget."""
+    assert in_two_processes(rounds_otherwise, heldout=given/"heldout.jsonl", retain=None) == [3, 3]
+    stored = json.loads((tmp_path/"out"/"icu_result.json").read_text())
+    assert stored["thresholds"]["ma"] == 0 and stored["history"][-1]["epoch"] == 2
 
 
 # ---- a pool from the model itself ----
@@ -408,6 +538,14 @@ def test_a_sampled_pool_begins_as_the_tokenizer_does(tiny, bos_tokenizer, monkey
     monkeypatch.setattr(icu_nb.cli, "sample_tokens", lambda model, starts, length, generator: (seen.append(starts), starts)[1])
     sample_pool(tiny.model, bos_tokenizer, 3, seq_len=8)
     assert seen[0].shape == (64, 2) and (seen[0][:, 0] == bos_tokenizer.bos_token_id).all() and seen[0][:, 1].unique().numel() > 20
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tiny, monkeypatch):
+    tokenizer, seen = copy.deepcopy(tiny.tokenizer), []
+    tokenizer.add_tokens([f"<image{i}>" for i in range(300)])
+    monkeypatch.setattr(icu_nb.cli, "sample_tokens", lambda model, starts, length, generator: (seen.append(starts), starts)[1])
+    sample_pool(tiny.model, tokenizer, 3, seq_len=8)
+    assert len(tokenizer) == 600 and seen[0].max() < 300
 
 
 def test_longer_than_the_context(tiny):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from test_install import LOCK, ROOT, build_wheel, run
 
+from icu_nb.core import cache_dir
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Colab is Linux")
 NOTEBOOKS = sorted((ROOT / "nbs").glob("0[0-7]*.ipynb"))
 IN_MAKE_TEST = ("00_quickstart", "05_cle")
@@ -26,13 +28,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def colab(folder):
-    """Runs the Python of a fresh environment that takes itself for Colab. One for all notebooks, and one cache, empty at first:
-    what is played is the machine, and training the same tiny model for each notebook would only take longer."""
+    """Runs the Python of a fresh environment that takes itself for Colab. One for all notebooks, and the cache of all other tests:
+    what is played is the machine, and training the same tiny models again would only take longer."""
     python = folder / "env" / "bin" / "python"
     pins = folder / "constraints.txt"
     pins.write_text(re.sub(r"(?m)^numpy==.*\n", "", LOCK.read_text(encoding="utf-8")), encoding="utf-8")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("ICU_NB_", "JUPYTER_", "IPYTHON", "PYTHON"))} | {
-        "HOME": str(folder / "home"), "ICU_NB_CACHE": str(folder / "cache"), "ICU_NB_WHEEL": build_wheel(folder).as_uri(),
+        "HOME": str(folder / "home"), "ICU_NB_CACHE": str(cache_dir()), "ICU_NB_WHEEL": build_wheel(folder).as_uri(),
         "PIP_CONSTRAINT": str(pins), "PIP_CONFIG_FILE": str(Path.home() / ".config/pip/pip.conf")}  # pip's settings lie at home
 
     def call(*command, cwd=folder):

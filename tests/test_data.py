@@ -166,7 +166,7 @@ def test_another_column(tmp_path):
 
 
 @pytest.mark.parametrize("source, argument", [
-    ("nowhere.txt", "source"), ([], "source"), (["fine", "  "], r"source.*\[1\]"), (["fine", None], r"source.*\[1\]"), (7, "source")])
+    ("nowhere.txt", "source"), ([], "source"), (["fine", "  "], r"source.*\[1\]"), (["fine", None], r"source.*\[1\]"), (["fine", "half \ud83d"], r"source.*half a character.*\[1\]"), (7, "source")])
 def test_unusable_sources(source, argument):
     with pytest.raises(InputError, match=argument):
         read_texts(source)
@@ -178,6 +178,23 @@ def test_unusable_files(name, content, tmp_path):
     (tmp_path/name).write_bytes(content)
     with pytest.raises(InputError, match="`source`"):
         read_texts(tmp_path/name)
+
+
+@pytest.mark.parametrize("value", ["null", "7", "[1]", '"secret"'])
+def test_a_record_that_is_none(value, tmp_path):
+    """Named by its place; what it is might be a text."""
+    files = {"first.jsonl": (f'{value}\n{{"text": "a"}}', "line 1"), "later.jsonl": (f'{{"text": "a"}}\n\n{value}\n', "line 3"), "list.json": (f'[{{"text": "a"}}, {value}]', "index 1")}
+    for name, (content, place) in files.items():
+        (tmp_path/name).write_text(content)
+        with pytest.raises(InputError, match=f"`source`: {name} .*{place} is no record") as error:
+            read_texts(tmp_path/name)
+        assert "secret" not in str(error.value)
+
+
+def test_half_a_character_in_a_file(tmp_path):
+    (tmp_path/"texts.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}')
+    with pytest.raises(InputError, match=r"`source`: half a character .*\[1\]"):
+        read_texts(tmp_path/"texts.jsonl")
 
 
 # ---- token sequences ----

@@ -1,5 +1,6 @@
 """Every fast path against its plain one, in float64 to 1e-9: losses in chunks, the original model, steps in pieces; and what 16 bits may change."""
 import functools
+import hashlib
 import types
 import warnings
 
@@ -15,9 +16,9 @@ from icu_nb.cle import OriginalModel, cached_embedder, kl_loss, model_embedder, 
 from icu_nb.core import InputError, mixed_precision, peak_memory
 from icu_nb.data import Sequences, pad
 from icu_nb.head import chunk_length, head_losses, last_hidden_states, linear_head
-from icu_nb.iur import Thresholds
+from icu_nb.iur import Thresholds, continuations
 from icu_nb.kui import unlearning_loss
-from icu_nb.metrics import BERTScorer, evaluating, greedy_pass, halving_batches, memorization, memorization_accuracy
+from icu_nb.metrics import BERTScorer, evaluating, greedy_pass, halving_batches, memorization, memorization_accuracy, roll_out
 from icu_nb.models import mean_token_nll, tiny_gpt_neo
 from icu_nb.objective import ICU, Batch, Part, Term, gradient_ascent, token_terms
 from icu_nb.unlearn import ICUConfig, NonFinite, Run, Task, prepare_task, unlearn
@@ -50,7 +51,7 @@ def shake(model, strength=0.05):
 
 def sequences(lengths, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return pad([torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths], width=12)
+    return pad([torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths], width=max(12, *lengths))
 
 
 def task():
@@ -259,6 +260,21 @@ def test_other_texts_can_be_asked_about_only_if_that_was_said():
         OriginalModel(build("gpt2"), {"neighbor": work.neighbors}).ask(last_hidden_states, work.forget)
 
 
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "llama", "opt"])
+def test_an_adapter_goes_on_like_the_merged_model(family):
+    """peft's wrapper does not say what its model takes; positions matter where a continuation begins before the longest."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(shake(build(family), 0.3), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=family == "gpt2")).double().eval()
+    batch, needed = sequences([24]*4), [[6, 12, 18]]*4
+
+    def said(model):
+        with evaluating(model):
+            return roll_out(model, batch, *greedy_pass(model, batch, use_cache=True), needed)
+
+    with_adapter = said(adapted)
+    assert with_adapter == said(adapted.merge_and_unload()) and len({str(row) for row in with_adapter}) == 4
+
+
 def test_lora_runs_with_nothing_kept(tiny):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny.copy(), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
@@ -420,6 +436,25 @@ def greedy_for_memory(model, most, seen):
     return model
 
 
+def test_whatever_is_asked_of_a_model_is_halved_until_it_fits(tiny, monkeypatch):
+    whole, widths = (model_embedder(tiny.model, tiny.tokenizer, 8)(tiny.forget), continuations(tiny.model, [row[:20] for row in tiny.sequences.tokens()], [8]*8)), []
+    original = type(tiny.model).forward
+
+    def small(self, input_ids=None, *args, **options):
+        widths.append(len(input_ids))
+        if len(input_ids) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(type(tiny.model), "forward", small)
+    body, inner = type(tiny.model.base_model), type(tiny.model.base_model).forward
+    monkeypatch.setattr(body, "forward", lambda self, input_ids=None, *args, **options: inner(self, input_ids, *args, **options) if len(input_ids) <= 4
+                        else (_ for _ in ()).throw(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")))
+    assert np.allclose(model_embedder(tiny.model, tiny.tokenizer, 8)(tiny.forget), whole[0], atol=1e-5)
+    assert continuations(tiny.model, [row[:20] for row in tiny.sequences.tokens()], [8]*8) == whole[1] and max(widths) > 4
+    assert OriginalModel(tiny.copy(), {"neighbor": tiny.sequences}, 8).hidden("neighbor", torch.arange(8)).shape[0] == 8
+
+
 def test_batches_are_halved_until_they_fit():
     model, texts, seen = build("gpt_neo"), sequences([12]*9), []
     wanted = memorization_accuracy(model, texts.input_ids)
@@ -545,6 +580,15 @@ def test_texts_are_tokenized_once(tiny, monkeypatch):
     monkeypatch.setattr(type(tiny.tokenizer), "_encode_plus", lambda self, text, *args, **rest: read.extend([text] if isinstance(text, str) else text) or encode(self, text, *args, **rest))
     prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config())
     assert all(read.count(text) == 1 for text in [*tiny.forget, *tiny.retain]) and len(read) == 2*(len(tiny.forget) + len(tiny.retain))
+
+
+def test_nothing_of_a_forget_text_is_kept_on_disk(tiny, cache):
+    """Vectors and hashes of the pool are; those of the forget set would outlive it."""
+    embedder = cached_embedder(lambda texts: [[len(text), text.count("e") + 1.0] for text in texts], "counts")
+    prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), embedder)
+    kept = {key for file in (cache/"cache").rglob("*.npz") for key in np.load(file)["keys"].tolist()}
+    halves = tiny.tokenizer.batch_decode([row[len(row)//2:] for row in tiny.sequences.tokens()])
+    assert len(kept) > 1 and not kept & {hashlib.sha256(text.encode()).hexdigest() for text in [*tiny.forget, *halves]}
 
 
 def test_neighbors_are_those_of_second_halves(tiny):

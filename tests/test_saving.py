@@ -3,10 +3,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,3 +139,21 @@ def test_trackers_that_are_not_there(tiny, name, words):
     with pytest.raises(InputError, match=f"`tracker`: '{name}' {words}"):
         run(tiny, model, tracker=name)
     assert tiny.same(model, weights)
+
+
+def test_nothing_is_saved_before_the_first_check(result, tmp_path):
+    unknown = replace(result, history=result.history.iloc[:0])
+    with pytest.raises(InputError, match="before its first check"):
+        unknown.save_pretrained(tmp_path/"model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_printing_a_result_shows_no_text(result):
+    assert "samples" not in repr(result) and not any(text and text in repr(result) for text in result.samples.continuation)
+
+
+def test_another_process_leaves_the_writing_to_the_first(result, tmp_path, monkeypatch):
+    (tmp_path/"model").mkdir()
+    (tmp_path/"model"/"of the first").touch()
+    monkeypatch.setattr(type(PartialState()), "is_main_process", False)
+    assert result.save_pretrained(tmp_path/"model") == tmp_path/"model" and len(list((tmp_path/"model").iterdir())) == 1
