@@ -37,6 +37,13 @@ def only(rows):
     return chosen
 
 
+def no_file(thing, file, save=torch.save, **options):
+    """A full disk: what is sent to another process still goes through memory."""
+    if isinstance(file, (str, Path)):
+        raise OSError(28, "No space left on device")
+    save(thing, file, **options)
+
+
 def main(folder, out, job):
     """Do a job from the folder's model and texts; write what this process saw."""
     torch.set_num_threads(1)
@@ -49,7 +56,7 @@ def main(folder, out, job):
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
     no_room = job.get("no_room") and os.environ.get("RANK", "0") == "0"  # accelerate is not asked: the first question settles what it takes itself for
     try:
-        with patch("torch.save", side_effect=OSError(28, "No space left on device")) if no_room else nullcontext():
+        with patch("torch.save", no_file) if no_room else nullcontext():
             result = unlearn(model, tokenizer, texts["forget"], texts["retain"], config, objective=objective, thresholds=Thresholds(ma=0.0, el=0.0),
                              checkpoint_dir=job.get("checkpoint_dir"), resume=job.get("resume", False), **options)
     except ICUError as error:
