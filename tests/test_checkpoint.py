@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import icu_nb.checkpoint
 from icu_nb.checkpoint import CheckpointError, Checkpoints
@@ -51,6 +53,7 @@ def undisturbed(tiny):
 def in_child(tiny, folder, before):
     """A run in a process of its own, which may not come back; True if it did."""
     def child():
+        tqdm.set_lock(threading.RLock())  # its default is shared with this process, and whoever is killed does not give it back
         torch.set_num_threads(1)
         before()
         run(tiny, folder, resume=True)

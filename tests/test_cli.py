@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import icu_nb.cli
@@ -191,10 +193,20 @@ def test_an_error_shows_no_text(call, tmp_path, tiny, kind):
 
 # ---- resume ----
 
-def killed(given, out, **changes):
-    """A run in a process of its own, killed when its second epoch is on disk."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: (torch.set_num_threads(1), main(options(given, out, **changes))))
+def started(given, out, **changes):
+    """A run in a process of its own."""
+    def alone():
+        tqdm.set_lock(threading.RLock())  # its default is shared with this process, and whoever is killed does not give it back
+        torch.set_num_threads(1)
+        main(options(given, out, **changes))
+    process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()
+    return process
+
+
+def killed(given, out, **changes):
+    """One that is killed when its second epoch is on disk."""
+    process = started(given, out, **changes)
     while process.is_alive() and not Path(f"{out}.checkpoints/epoch-00002").exists():
         time.sleep(0.001)
     process.kill()
@@ -266,8 +278,7 @@ def test_killed_while_saving(call, given, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("icu_nb.cli.UnlearnResult.save_pretrained", half)
-        process = multiprocessing.get_context("fork").Process(target=lambda: (torch.set_num_threads(1), main(options(given, tmp_path/"out"))))
-        process.start()
+        process = started(given, tmp_path/"out")
         process.join()
     leftover, = tmp_path.glob(".out.*")
     assert process.exitcode == -9 and (leftover/"out"/"model.safetensors").exists()
