@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .core import InputError, atomic_path, cache_dir, require, require_number
 from .data import Sequences, check_texts, containment, tokenize, word_ngrams
 from .head import last_hidden_states, linear_head
-from .metrics import context_length, evaluating, halving_batches
+from .metrics import evaluating, halving_batches
 from .models import mean_token_nll, weights_digest
 
 # %% ../nbs/05_cle.ipynb #c98e2c72

@@ -132,9 +132,8 @@ class Run:
         if not math.isfinite(value):
             raise NonFinite(f"the {name} is {value} in batch {number}; the model is as it was before that step")
 
-    def close(self, model) -> dict|None:
-        "The model without the wrappers of the run; where processes hold shards of it, the first one gets all weights."
-        weights = whole_weights(self.model) if self.accelerator.distributed_type == DistributedType.FSDP else None
+    def close(self, model) -> None:
+        "The model without the wrappers of the run."
         for layer in self.layers:
             del layer.forward
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -142,7 +141,6 @@ class Run:
             vars(model).pop(name, None) # what accelerate leaves behind; the class has its own
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return weights
 
 # %% ../nbs/07_unlearn.ipynb #f1e16bab
 def ask_all(
@@ -366,6 +364,7 @@ def unlearn(
         reason, message = "non_finite_loss", f"epoch {epoch}: {error}. Try a smaller lr."
         warnings.warn(message, stacklevel=2)
     finally:
-        weights = run.close(model)
+        run.close(model)
+    weights = whole_weights(run.model) if run.accelerator.distributed_type == DistributedType.FSDP else None # all processes are here
     return UnlearnResult(model, *log.tables(), config, reason, thresholds, task.pairs, message or MESSAGES[reason], str(run.reference),
                          tokenizer=tokenizer, hashes=task.hashes, plugs={name: name_of(plug) for name, plug in plugs.items()}, source=source, weights=weights)
