@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['refusal', 'check_kind', 'looks_ahead', 'check_loaded', 'check_device', 'quietly', 'load_model', 'source_of',
            'check_targets', 'add_lora', 'parameter_counts', 'without_adapter', 'merge_lora', 'without_weights',
-           'layer_bytes', 'estimate_memory']
+           'fuse_activations', 'layer_bytes', 'estimate_memory']
 
 # %% ../nbs/01a_loading.ipynb #01a00004
-import copy, re, textwrap, warnings
+import copy, functools, re, textwrap, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from .core import InputError, best_device, require
@@ -217,6 +217,17 @@ def without_weights(
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         return model if lora is None or lora is False else add_lora(model, lora)
 
+# %% ../nbs/01a_loading.ipynb #01a00061
+def fuse_activations(
+    model, # a transformers model
+) -> list: # the modules that were changed; `del module.forward` undoes it
+    "Compute the tanh form of GELU, which GPT-2 and GPT-Neo write out, as PyTorch's one operation: the backward pass then needs its input only."
+    written_out = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+    for module in written_out:
+        module.forward = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    return written_out
+
+
 # %% ../nbs/01a_loading.ipynb #01a00046
 def layer_bytes(
     model, # a causal LM, on any device; without adapter
@@ -232,7 +243,7 @@ def layer_bytes(
     width = 2*H*4 + ((2 if trains else 1) + 3 + (trains or not eager))*H*half # norms in and out; queries, keys, values; attention's result
     attention = eager*config.num_attention_heads*seq_len*(4 if half == 4 else 6)
     gated = any(name.endswith("gate_proj") for name, _ in model.named_modules())
-    activation = (16 if half == 4 else 14) if NewGELUActivation in kinds else half*(3 if gated else 0 if torch.nn.ReLU in kinds else 1)
+    activation = half*(3 if gated else 0 if torch.nn.ReLU in kinds else 1)
     result = half if trains or torch.nn.ReLU in kinds else 0
     return width + attention + F*(activation + result)
 

@@ -20,7 +20,7 @@ from .metrics import BERTScorer, NonFinite, extraction_likelihood, memorization_
 from .cle import OriginalModel
 from .iur import Thresholds, check, is_forgotten, select_active, thresholds_met
 from .checkpoint import Checkpoints, name_of, restore_training, run_identity, training_state, whole_weights
-from .loading import source_of
+from .loading import fuse_activations, source_of
 import numpy as np
 import pandas as pd
 import torch
@@ -82,10 +82,11 @@ class Run:
         self.device = model.device if self.world == 1 else self.accelerator.device # alone, the user's choice; else each process has its own
         self.task, self.config, self.objective, self.thresholds = task, config, objective, thresholds
         model.float().eval().to(self.device)
+        self.changed = fuse_activations(model)
         parts = {"forget": task.forget, "neighbor": task.neighbors}
         asked = getattr(objective, "remembers", parts)
         self.reference = OriginalModel(model, {name: parts[name] for name in parts if name in asked}, config.eval_batch_size, anything="anything" in asked)
-        self.layers = recompute_layers(model) if config.gradient_checkpointing else []
+        self.changed += recompute_layers(model) if config.gradient_checkpointing else []
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.core, self.model, self.optimizer = model, *prepared(self.accelerator, model, torch.optim.Adam(trainable, lr=config.lr, betas=(0.9, 0.98), fused=True), config)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -134,8 +135,8 @@ class Run:
 
     def close(self, model) -> None:
         "The model without the wrappers of the run."
-        for layer in self.layers:
-            del layer.forward
+        for module in self.changed:
+            del module.forward
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         for name in ("forward", "_original_forward", "_is_accelerate_prepared") if "_original_forward" in vars(model) else ():
             vars(model).pop(name, None) # what accelerate leaves behind; the class has its own

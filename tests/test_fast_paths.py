@@ -19,6 +19,7 @@ from icu_nb.head import chunk_length, head_losses, last_hidden_states, linear_he
 from icu_nb.iur import Thresholds, continuations
 from icu_nb.kui import unlearning_loss
 from icu_nb.metrics import BERTScorer, evaluating, greedy_pass, halving_batches, memorization, memorization_accuracy, roll_out
+from icu_nb.loading import fuse_activations
 from icu_nb.models import mean_token_nll, tiny_gpt_neo
 from icu_nb.objective import ICU, Batch, Part, Term, gradient_ascent, token_terms
 from icu_nb.unlearn import ICUConfig, NonFinite, Run, Task, prepare_task, unlearn
@@ -326,10 +327,23 @@ def test_pieces_add_up_to_the_step_exactly():
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-9)
 
 
-def test_recomputed_layers_are_put_back(tiny):
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_layers_and_activations_are_put_back(tiny, recomputed):
     model = tiny.copy()
-    unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1, gradient_checkpointing=True), thresholds=Thresholds(ma=0, el=0))
+    unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1, gradient_checkpointing=recomputed), thresholds=Thresholds(ma=0, el=0))
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "gpt2"])
+def test_gelu_in_one_operation_changes_no_gradient(family):
+    """In float64: losses and gradients are those of transformers' own GELU."""
+    model, reference, batch = setting(family)
+    plain, changed = ICU()(model, batch, reference), fuse_activations(model)
+    fused = ICU()(model, batch, reference)
+    assert len(changed) == model.config.num_hidden_layers
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradients(model, sum(fused.values())), gradients(model, sum(plain.values())), rtol=0, atol=1e-9)
 
 
 def test_recomputing_needs_layers(tiny):
