@@ -8,7 +8,7 @@ __all__ = ['OBJECTIVES', 'PUBLISHED', 'TINY', 'counted', 'per_token', 'log_p', '
            'mismatched', 'LLMU', 'PO', 'NPO', 'SimNPO', 'DPO', 'WGA', 'SatImp', 'UNDIAL', 'layers_of', 'layer_states',
            'RMU', 'get_objective', 'retrain', 'task_vector', 'add_vector']
 
-# %% ../nbs/08_baselines.ipynb #c4b85948
+# %% ../nbs/08_baselines.ipynb #f50e2c71
 import copy, dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# %% ../nbs/08_baselines.ipynb #6be82af4
+# %% ../nbs/08_baselines.ipynb #1806f8e8
 def counted(
     part: Part, # B sequences
 ) -> torch.Tensor: # bool [B, T-1]
@@ -54,7 +54,7 @@ def per_token(
     found = torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in zip(*(tensor.split(length) for tensor in given))])
     return found.new_zeros(real.numel()).index_copy(0, rows, found).view_as(real)
 
-# %% ../nbs/08_baselines.ipynb #c2832318
+# %% ../nbs/08_baselines.ipynb #689a868e
 def log_p(
     logits: torch.Tensor, # [n, V]
     labels: torch.Tensor, # LongTensor [n]
@@ -95,7 +95,7 @@ def original_log_probs(
     part = getattr(batch, name)
     return per_token(log_p, part, original_answers(reference, name, part))
 
-# %% ../nbs/08_baselines.ipynb #75fddd8c
+# %% ../nbs/08_baselines.ipynb #1a09bf47
 def token_mean(
     values: torch.Tensor, # [B, T-1], 0 where a position does not count
     part: Part, # its sequences
@@ -115,7 +115,7 @@ class Objective:
             require_number(name, value)
             require(value > 0 or name not in self.positive, name, "the loss divides by it", "Give a number above 0")
 
-# %% ../nbs/08_baselines.ipynb #b8a4afd1
+# %% ../nbs/08_baselines.ipynb #7bf5b63c
 @dataclass(frozen=True)
 class GradDiff(Objective):
     "Gradient difference: ascent on the forget texts, descent on their neighbors."
@@ -134,7 +134,7 @@ class KL(Objective):
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return token_terms(model, batch, reference, l_fgt=Term("forget", "nll", -1.0), l_kl=Term("neighbor", "kl", self.beta))
 
-# %% ../nbs/08_baselines.ipynb #338e1782
+# %% ../nbs/08_baselines.ipynb #d48f51e4
 @dataclass(frozen=True)
 class EUL(Objective):
     "A LoRA adapter learns to agree with the original on the neighbors, and to disagree on the forget texts."
@@ -149,7 +149,7 @@ class EUL(Objective):
         return token_terms(model, batch, reference, l_kl=Term("neighbor", "kl", 1.0), l_far=Term("forget", "kl", -1.0),
                            l_lrn=Term("neighbor", "nll", self.lam), l_fgt=Term("forget", "nll", -self.gamma))
 
-# %% ../nbs/08_baselines.ipynb #d19ebe3e
+# %% ../nbs/08_baselines.ipynb #744d6a78
 def fuse_by_least_squares(
     weights: list[torch.Tensor], # [out, in] each: one layer's change of weights, per request
     inputs: list[torch.Tensor], # [n, in] each: what enters the layer on that request's forget texts
@@ -160,7 +160,7 @@ def fuse_by_least_squares(
     fused = torch.linalg.pinv(sum(grams), hermitian=True) @ sum(gram @ weight.T.double() for gram, weight in zip(grams, weights))
     return fused.T.to(weights[0].dtype)
 
-# %% ../nbs/08_baselines.ipynb #d68e1b97
+# %% ../nbs/08_baselines.ipynb #4ef0fe16
 def mismatched(
     model, # a causal LM
     batch: Batch, # the step's sequences
@@ -193,7 +193,7 @@ class PO(Objective):
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return {"l_other": mismatched(model, batch), **token_terms(model, batch, reference, l_lrn=Term("neighbor", "nll", self.alpha))}
 
-# %% ../nbs/08_baselines.ipynb #2c7455b0
+# %% ../nbs/08_baselines.ipynb #3ba39b5a
 @dataclass(frozen=True)
 class NPO(Objective):
     "Negative preference: ascent on each text, weaker the less likely the text has become."
@@ -239,7 +239,7 @@ class DPO(Objective):
         preference = self.beta*(moved(alternative, "alternative") - moved(f, "forget"))
         return {"l_fgt": -F.logsigmoid(preference).mean(), "l_lrn": -self.alpha*token_mean(r, batch.neighbor)}
 
-# %% ../nbs/08_baselines.ipynb #47107be3
+# %% ../nbs/08_baselines.ipynb #0bf64722
 @dataclass(frozen=True)
 class WGA(Objective):
     "Weighted ascent: well-known tokens count more."
@@ -280,7 +280,7 @@ class UNDIAL(Objective):
         answers, head, _ = states_or_logits(model, batch.together("forget"))
         return {"l_fgt": token_mean(per_token(far_from_target, batch.forget, (answers, head), original_answers(reference, "forget", batch.forget)), batch.forget)}
 
-# %% ../nbs/08_baselines.ipynb #f48a3886
+# %% ../nbs/08_baselines.ipynb #8fbb3959
 def layers_of(
     model, # a transformers model
 ) -> list[torch.nn.Module]:
@@ -325,7 +325,7 @@ class RMU(Objective):
             return token_mean(difference.to(torch.promote_types(states.dtype, torch.float32)).square().mean(-1)*counted(part), part)
         return {"l_fgt": distance(f, self.c*u/u.norm(), batch.forget), "l_near": self.alpha*distance(r, r0, batch.neighbor)}
 
-# %% ../nbs/08_baselines.ipynb #4d64dc9b
+# %% ../nbs/08_baselines.ipynb #67a0d708
 OBJECTIVES = {
     "icu": ICU, "ga": gradient_ascent, "kumpr": gradient_ascent, "graddiff": GradDiff, "kl": KL, "llmu": LLMU, "po": PO, "dpo": DPO, "eul": EUL,
     "npo": NPO, "simnpo": SimNPO, "rmu": RMU, "undial": UNDIAL, "wga": WGA, "satimp": SatImp}
@@ -343,7 +343,7 @@ def get_objective(
     require(not unknown, ", ".join(unknown), f"{name} has no such setting", f"Its settings: {', '.join(known) or 'none'}")
     return method(**settings) if dataclasses.is_dataclass(method) else method
 
-# %% ../nbs/08_baselines.ipynb #b8cc2523
+# %% ../nbs/08_baselines.ipynb #e64b9607
 def retrain(
     model, # fresh weights; trained in place
     tokenizer, # its tokenizer
@@ -358,7 +358,7 @@ def retrain(
     memorize(model, tokenizer, [], kept, **recipe)
     return model.eval()
 
-# %% ../nbs/08_baselines.ipynb #e80dd7b9
+# %% ../nbs/08_baselines.ipynb #601d0943
 def task_vector(
     model, # the original; not changed
     tokenizer, # its tokenizer
@@ -381,7 +381,7 @@ def add_vector(
     for name, parameter in model.named_parameters():
         parameter.add_(vector[name].to(parameter.device), alpha=scale)
 
-# %% ../nbs/08_baselines.ipynb #0e1c6073
+# %% ../nbs/08_baselines.ipynb #d92a6bc3
 PUBLISHED = { # method: learning rate, texts per step, epochs, source
     "icu": (5e-6, 8, None, "arXiv 2407.20271, its code"), "ga": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kumpr": (5e-5, 32, 20, "arXiv 2210.01504, its code: all 32 texts in one step"),
     "graddiff": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kl": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "llmu": (2e-6, 2, None, "arXiv 2310.10683, its code: 1,000 steps"),
@@ -391,7 +391,7 @@ PUBLISHED = { # method: learning rate, texts per step, epochs, source
     "task vector": (1e-5, 32, 5, "arXiv 2212.04089, GPT-2")}
 
 
-TINY = { # method: learning rate and settings for the tiny model
-    "icu": (1e-4, {}), "icu by MA": (1e-4, {}), "ga": (1e-4, {}), "kumpr": (3e-4, {}), "graddiff": (1e-4, {}), "kl": (1e-4, {}), "llmu": (1e-4, {}), "po": (3e-4, {}), "dpo": (3e-4, {}),
-    "eul": (1e-3, {}), "npo": (3e-4, {}), "simnpo": (3e-4, {}), "rmu": (3e-4, {"layer": 1, "alpha": 1.0}), "undial": (3e-4, {}), "wga": (1e-4, {}), "satimp": (3e-4, {}),
-    "task vector": (1e-3, {})}
+TINY = { # method: learning rate and settings for the tiny model; a second word names a variant
+    "icu": (1e-4, {}), "icu by MA": (1e-4, {}), "ga": (3e-5, {}), "kumpr": (3e-4, {}), "graddiff": (1e-4, {}), "kl": (1e-4, {}), "llmu": (1e-4, {}), "po": (3e-4, {}),
+    "dpo": (1e-3, {"beta": 0.02}), "eul": (1e-3, {}), "npo": (1e-4, {"beta": 0.02}), "npo as published": (3e-4, {}), "simnpo": (1e-3, {"beta": 1.0, "weight": 1.0}),
+    "rmu": (3e-4, {"layer": 1, "alpha": 1.0}), "undial": (1e-3, {}), "wga": (1e-4, {}), "satimp": (1e-3, {"weight": 1.0, "alpha": 0.1}), "task vector": (1e-3, {})}
