@@ -88,7 +88,8 @@ def run_identity(
     trains = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     digest = lambda sequences: hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vars(sequences).values())).hexdigest()
     return {"config": dataclasses.asdict(config), "thresholds": dataclasses.asdict(thresholds), "model": original_digest(model), "trains": hashlib.sha256(json.dumps(trains).encode()).hexdigest(),
-            "forget": digest(task.forget), "neighbors": digest(task.neighbors), **{name: name_of(plug) for name, plug in plugs.items()}}
+            "forget": digest(task.forget), "neighbors": digest(task.neighbors),
+            "alternatives": None if task.alternatives is None else digest(task.alternatives), **{name: name_of(plug) for name, plug in plugs.items()}}
 
 # %% ../nbs/06a_checkpoint.ipynb #d7a71ecc
 class CheckpointError(ICUError):
@@ -96,7 +97,8 @@ class CheckpointError(ICUError):
 
 
 REMEDY = {"config": "Resume with the old settings", "thresholds": "Resume with the old thresholds", "forget": "Give the texts that the run began with",
-          "neighbors": "Give the texts and the embedder that the run began with", "model": "Load the original model again: a run changes it in place",
+          "neighbors": "Give the texts and the embedder that the run began with", "alternatives": "Give the alternatives that the run began with",
+          "model": "Load the original model again: a run changes it in place",
           "trains": "Let the same weights train, and add the adapter that the run began with"}
 
 

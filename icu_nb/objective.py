@@ -29,6 +29,7 @@ class Batch:
     "What an objective sees at every step."
     forget: Part # B sequences to unlearn
     neighbor: Part # their B·k neighbors
+    alternative: Part|None=None # B texts to say instead, where the run was given some
 
     def together(self,
         *names: str, # parts

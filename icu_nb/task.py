@@ -138,6 +138,7 @@ class Task:
     neighbors: Sequences # n·k sequences; those of row i stand at i·k ... i·k + k-1
     pairs: np.ndarray # IntArray [n, k], indices into `retain` as it was given
     hashes: Sequence[str]=() # SHA-256 of each whole forget text, for whoever must say what was unlearned without saying it
+    alternatives: Sequences|None=None # n texts to say instead, for objectives that ask for them
 
     def batch(self,
         rows: torch.Tensor, # LongTensor [B]: rows of the forget set
@@ -151,7 +152,8 @@ class Task:
         def part(sequences: Sequences, rows: torch.Tensor, step: torch.Tensor) -> Part:
             weight = tokens(sequences, rows)/max(tokens(sequences, step), 1) * len(step)/len(rows)
             return Part(rows, **vars(sequences[rows].to(device)), weight=weight)
-        return Batch(part(self.forget, rows, step), part(self.neighbors, neighbors_of(rows), neighbors_of(step)))
+        alternative = None if self.alternatives is None else part(self.alternatives, rows, step)
+        return Batch(part(self.forget, rows, step), part(self.neighbors, neighbors_of(rows), neighbors_of(step)), alternative)
 
 # %% ../nbs/05b_task.ipynb #0052c8a4
 def prepare_task(
@@ -161,6 +163,7 @@ def prepare_task(
     retain, # see `unlearn`
     config: ICUConfig, # the settings
     embedder: str|Callable|None=None, # see `unlearn`
+    alternatives=None, # see `unlearn`
 ) -> Task:
     "Check the input, then tokenize it and find the neighbors."
     (forget_texts, forget_tokens), (retain_texts, retain_tokens) = as_texts(forget, tokenizer, "forget"), as_texts(retain, tokenizer, "retain")
@@ -168,6 +171,8 @@ def prepare_task(
     check_fit(model, tokenizer, forget_tokens, config)
     width, hashes = max(map(len, forget_tokens)), [text_hash(text) for text in forget_texts]
     retain_tokens = to_tokens(retain_texts, retain_tokens, tokenizer, width)
+    instead = None if alternatives is None else to_tokens(*as_texts(alternatives, tokenizer, "alternatives"), tokenizer, width)
+    require(instead is None or len(instead) == len(forget_tokens), "alternatives", f"there are {len(instead or ())} for {len(forget_tokens)} forget texts", "Give one per forget text, in the same order")
     forget_texts, retain_texts = as_trained(forget_texts, forget_tokens, tokenizer), as_trained(retain_texts, retain_tokens, tokenizer)
     kept = keep_apart(forget_texts, retain_texts)
     require(len(kept) >= config.n_neighbors, "retain", f"{len(kept)} texts are left, fewer than n_neighbors={config.n_neighbors}", "Give more retain texts, or a smaller n_neighbors")
@@ -178,4 +183,5 @@ def prepare_task(
     found = choose_neighbors(queries, pool, forget_texts, [retain_texts[j] for j in kept], config.n_neighbors, config.max_overlap)
     pairs = np.array(kept)[found]
     neighbor_tokens = [retain_tokens[j] for j in pairs.flatten()]
-    return Task(pad(forget_tokens, pad_id(tokenizer), width), pad(neighbor_tokens, pad_id(tokenizer), width), pairs, hashes)
+    return Task(pad(forget_tokens, pad_id(tokenizer), width), pad(neighbor_tokens, pad_id(tokenizer), width), pairs, hashes,
+                None if instead is None else pad(instead, pad_id(tokenizer), width))

@@ -83,7 +83,7 @@ class Run:
         self.task, self.config, self.objective, self.thresholds = task, config, objective, thresholds
         model.float().eval().to(self.device)
         self.changed = fuse_activations(model)
-        parts = {"forget": task.forget, "neighbor": task.neighbors}
+        parts = {"forget": task.forget, "neighbor": task.neighbors} | ({} if task.alternatives is None else {"alternative": task.alternatives})
         asked = getattr(objective, "remembers", parts)
         self.reference = OriginalModel(model, {name: parts[name] for name in parts if name in asked}, config.eval_batch_size, anything="anything" in asked)
         self.changed += recompute_layers(model) if config.gradient_checkpointing else []
@@ -324,6 +324,7 @@ def unlearn(
     objective: Callable|None=None, # (model, batch, reference) -> named loss terms, whose sum is minimized; None: `ICU(alpha, beta)`
     refinement: Callable|None=select_active, # (scores, thresholds) -> who trains next; None: everybody, always
     thresholds: Thresholds|None=None, # when a text is forgotten and when to stop; None: the published `Thresholds()`
+    alternatives=None, # one text per forget text to say instead, for objectives that ask for them (DPO): the same forms
     embedder: str|Callable|None=None, # a sentence-transformers name or folder, or texts -> array [n, D]; None: the model's own hidden states
     encoder: str|None=None, # name or folder of an encoder for BERTScore; None: BLEU alone decides
     checkpoint_dir: str|Path|None=None, # a folder for a checkpoint per epoch, the last two are kept; None: none is written
@@ -335,7 +336,8 @@ def unlearn(
     require_processes()
     scorer, source, objective = BERTScorer(encoder) if encoder else None, source_of(model), objective or ICU(config.alpha, config.beta)
     # The first process decides who is whose neighbor, and when to stop: others might round otherwise.
-    task, thresholds = broadcast_object_list([prepare_task(model, tokenizer, forget, retain, config, embedder), thresholds or Thresholds()])
+    task, thresholds = broadcast_object_list([prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives), thresholds or Thresholds()])
+    getattr(objective, "check", lambda model, task: None)(model, task)
     plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
     checkpoints = open_checkpoints(checkpoint_dir, resume, lambda: run_identity(model, task, config, thresholds, **plugs))
     run, log, reason, message = Run(model, task, config, objective, thresholds, tracker, checkpoint_dir or "runs"), Log(), None, ""
