@@ -97,6 +97,12 @@ bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and 
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/13_benchmarks.ipynb runs/bench/13_benchmarks.ipynb --cwd nbs \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
 
+.PHONY: audit
+audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit.csv and its figure [SEEDS="0 1 2"]
+	@mkdir -p runs/audit figures/data
+	$(PY) -m papermill nbs/10_privacy.ipynb runs/audit/10_privacy.ipynb --cwd nbs \
+		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
+
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis
 	find nbs icu_nb tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
