@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export figures seeds bench baselines clean
+.PHONY: help quickstart test test-all colab-test lab export figures seeds bench baselines audit clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -101,6 +101,11 @@ baselines: .venv/.dev  ## compare all methods at equal forgetting: figures/data/
 	@mkdir -p runs/baselines figures/data
 	$(PY) -m papermill nbs/08_baselines.ipynb runs/baselines/08_baselines.ipynb --cwd nbs \
 		-k python3 -l python --progress-bar -p rerun True
+
+audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit.csv and its figure [SEEDS="0 1 2"]
+	@mkdir -p runs/audit figures/data
+	$(PY) -m papermill nbs/10_privacy.ipynb runs/audit/10_privacy.ipynb --cwd nbs \
+		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
 
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis

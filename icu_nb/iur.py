@@ -86,9 +86,11 @@ def continuations(
     *,
     pad_token_id: int=0, # fills the left of shorter prompts, masked
     num_beams: int=2, # beam width; the authors use 2
+    sampling: dict|None=None, # draw every token instead: `generate`'s settings, for example dict(temperature=1.0, top_k=40); seed PyTorch first
     batch_size: int=32, # prompts at a time
 ) -> list[list[int]]:
-    "Beam-search continuations of exactly the given lengths; end-of-sequence is an ordinary token."
+    "Beam-search (or sampled) continuations of exactly the given lengths; end-of-sequence is an ordinary token."
+    how = dict(do_sample=True, **sampling) if sampling else dict(do_sample=False, num_beams=num_beams, early_stopping=num_beams > 1)
     owner = without_adapter(model) # peft keeps the settings there
     own_config, owner.generation_config = owner.generation_config, GenerationConfig() # no end token, no penalties
     said = []
@@ -99,8 +101,8 @@ def continuations(
             ids = torch.tensor([[pad_token_id]*(width - len(p)) + p for p in chunk])
             mask = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in chunk])
             output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, num_beams=num_beams, early_stopping=num_beams > 1,
-                max_new_tokens=int(wanted.max()), pad_token_id=pad_token_id, stopping_criteria=[OwnLength(width + wanted)])
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=int(wanted.max()),
+                pad_token_id=pad_token_id, stopping_criteria=[OwnLength(width + wanted)], **how)
             said += [row[width:width + n] for row, n in zip(output.tolist(), wanted.tolist())]
     finally:
         owner.generation_config = own_config
