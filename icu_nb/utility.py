@@ -109,7 +109,7 @@ def wilson_interval(
 ) -> tuple[float, float]: # low, high
     "Wilson's interval for a share."
     center, half = (k + z**2/2)/(n + z**2), z/(n + z**2)*math.sqrt(k*(n - k)/n + z**2/4)
-    return max(0.0, center - half), min(1.0, center + half)
+    return max(0.0, min(center - half, k/n)), min(1.0, max(center + half, k/n)) # k/n lies within, whatever rounding says
 
 # %% ../nbs/09_utility.ipynb #09000022
 @contextlib.contextmanager
