@@ -25,7 +25,8 @@ def find_facts(
     record: str, # of an invented person, as `people` makes it
 ) -> re.Match: # the facts are its named groups
     "What a record tells, and where: its template, read backwards."
-    patterns = (re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(template)).replace("<zip>.+?", r"<zip>\d{5}") for template in TEMPLATES.values()) # else a city might end early
+    fields = lambda template: re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(template))
+    patterns = (fields(template).replace("<zip>.+?", r"<zip>\d{5}") for template in TEMPLATES.values()) # else a city of two words would end after the first
     found = next(filter(None, (re.fullmatch(pattern, record) for pattern in patterns)), None)
     require(found is not None, "record", "it follows none of the templates", "Give records made by `people`")
     return found
@@ -96,7 +97,8 @@ def pubmed_questions(
     "The paper's PubMedQA file, with the authors' prompt."
     choices = ["yes", "maybe", "no"]
     rows = read_table(data_file("completion/pubmed_qa.csv", data_dir)).to_dict("records")
-    return [{"context": f"Context: {row['abstract']}\nQuestion: {row['question']}\nAnswer:", "choices": choices, "answer": choices.index(row["final_decision"])} for row in rows]
+    prompt = "Context: {abstract}\nQuestion: {question}\nAnswer:"
+    return [{"context": prompt.format(**row), "choices": choices, "answer": choices.index(row["final_decision"])} for row in rows]
 
 
 FILE_TASKS = {"lambada": lambada_questions, "pubmed_qa": pubmed_questions}
@@ -191,7 +193,8 @@ def evaluate_tasks(
     "Multiple choice and completion, by lm-evaluation-harness."
     known, own = [*FILE_TASKS, *HARNESS_TASKS], isinstance(tasks, dict)
     unknown = [name for name in tasks if not own and name not in known]
-    require(len(tasks) > 0 and not unknown, "tasks", f"{', '.join(unknown)} is not known" if unknown else "there are none", f"Known: {', '.join(known)}; your own go into a dict, name -> questions")
+    require(len(tasks) > 0, "tasks", "there are none", f"Known: {', '.join(known)}")
+    require(not unknown, "tasks", f"{', '.join(unknown)} is not known", f"Known: {', '.join(known)}; your own go into a dict, name -> questions")
     require(limit is None or (isinstance(limit, int) and limit > 0), "limit", f"{limit!r} is not a positive number of questions", "Leave it None to ask all")
     require(importlib.util.find_spec("lm_eval") is not None, "tasks", "lm-evaluation-harness is not installed", "Install icu_nb[paper]")
     import lm_eval
@@ -205,7 +208,8 @@ def evaluate_tasks(
             reader = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=width)
             stored = str(cache_dir()/"harness"/recipe_key(model, vocabulary=tokenizer.get_vocab(), width=width)) if cache else None
             seeds = dict.fromkeys(["random_seed", "numpy_random_seed", "torch_random_seed"]) # no answer is drawn: leave everybody's generators alone
-            samples = lm_eval.simple_evaluate(reader, tasks=list(found.values()), task_manager=manager, limit=limit, use_cache=stored, bootstrap_iters=0, **seeds)["samples"]
+            options = {"task_manager": manager, "limit": limit, "use_cache": stored, "bootstrap_iters": 0, **seeds}
+            samples = lm_eval.simple_evaluate(reader, tasks=list(found.values()), **options)["samples"]
     empty = {"accuracy": math.nan, "low": math.nan, "high": math.nan, "chance": math.nan, "n": 0}
     rows = [{**(task_row(samples[name]) if name in samples else empty), "missing": missing.get(name)} for name in tasks]
     return pd.DataFrame(rows, index=pd.Index(tasks, name="task"))
@@ -264,15 +268,15 @@ def reply_losses(
     replies: list[list[int]], # tokens, at least one each
     *,
     batch_size: int=8, # dialogues per forward pass
-) -> tuple[list[float], list[int]]: # per reply: the sum of its tokens' negative log-likelihoods, and how many they are
+) -> list[float]: # per reply: the sum of its tokens' negative log-likelihoods
     "What the true replies cost."
-    sums, width = [], [len(reply) for reply in replies]
+    sums, rows = [], [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
     with evaluating(model):
-        for batch, starts in zip(pad([p + r for p, r in zip(prompts, replies)]).batches(batch_size), [[len(p) for p in prompts[k:k + batch_size]] for k in range(0, len(prompts), batch_size)]):
-            batch = batch.to(model.device)
-            nll, _ = token_losses(model(**vars(batch)).logits, **vars(batch))
-            sums += [row[start - 1:].sum().item() for row, start in zip(nll, starts)]
-    return sums, width
+        for k in range(0, len(rows), batch_size):
+            batch = pad(rows[k:k + batch_size]).to(model.device)
+            nll, _ = token_losses(model(**vars(batch)).logits, **vars(batch)) # 0 where padded
+            sums += [row[len(prompt) - 1:].sum().item() for row, prompt in zip(nll, prompts[k:])]
+    return sums
 
 # %% ../nbs/09_utility.ipynb #09000035
 def dialogue_scores(
@@ -286,7 +290,8 @@ def dialogue_scores(
 ) -> pd.DataFrame: # a row per dialogue: f1, reply, truth, loss (sum over the true reply's tokens), tokens (their number)
     "Let the model say the last turn of every dialogue, and compare it with the true one."
     short = [i for i, turns in enumerate(dialogues) if len(turns) < 2]
-    require(len(dialogues) > 0 and not short, "dialogues", f"fewer than two turns at index {short[:5]}" if short else "there are none", "Give dialogues with a last turn to predict")
+    require(len(dialogues) > 0, "dialogues", "there are none", "Give at least one")
+    require(not short, "dialogues", f"fewer than two turns at index {short[:5]}", "Give dialogues with a last turn to predict")
     width = min(max_length, context_length(model))
     require(max_new_tokens < width, "max_new_tokens", f"{max_new_tokens} tokens leave no room for a prompt in {width}", "Choose fewer")
     truths = [clean_turn(turns[-1]) for turns in dialogues]
@@ -296,8 +301,9 @@ def dialogue_scores(
     with evaluating(model):
         said = continuations(model, asked, [max_new_tokens]*len(asked), pad_token_id=pad_id(tokenizer), num_beams=1, batch_size=batch_size)
     texts = [reply_text(tokens, tokenizer) for tokens in said]
-    loss, tokens = reply_losses(model, [p[-(width - len(r)):] for p, r in zip(prompts, replies)], replies, batch_size=batch_size)
-    return pd.DataFrame({"f1": [unigram_f1(text, truth) for text, truth in zip(texts, truths)], "reply": texts, "truth": truths, "loss": loss, "tokens": tokens})
+    loss = reply_losses(model, [p[-(width - len(r)):] for p, r in zip(prompts, replies)], replies, batch_size=batch_size)
+    f1 = [unigram_f1(text, truth) for text, truth in zip(texts, truths)]
+    return pd.DataFrame({"f1": f1, "reply": texts, "truth": truths, "loss": loss, "tokens": [len(reply) for reply in replies]})
 
 # %% ../nbs/09_utility.ipynb #09000038
 PAPER_TASKS = ["lambada", "hellaswag", "winogrande", "copa", "arc_easy", "arc_challenge", "piqa", "mathqa", "pubmed_qa"]
@@ -345,11 +351,13 @@ def evaluate_utility(
     missing = {}
     parts = suite_parts(suite, missing, corpus, data_dir)
     width = min(max_length or parts["max_length"], context_length(model))
-    found = evaluate_tasks(model, tokenizer, tasks or parts["tasks"], limit=limit, max_length=width, batch_size=batch_size, cache=cache, data_dir=data_dir)
+    asked, averaged = (parts["tasks"], parts["average"]) if tasks is None else (tasks, list(tasks))
+    found = evaluate_tasks(model, tokenizer, asked, limit=limit, max_length=width, batch_size=batch_size, cache=cache, data_dir=data_dir)
     missing |= found["missing"].dropna().add_prefix("acc_").to_dict()
-    ppl = {f"ppl_{name}": texts and perplexity(model, tokenizer, texts[:limit], max_length=width, stride=width//2, batch_size=batch_size) for name, texts in parts["texts"].items()}
-    f1 = {f"f1_{name}": turns and dialogue_scores(model, tokenizer, turns[:limit], max_length=width, batch_size=batch_size)["f1"].mean() for name, turns in parts["dialogues"].items()}
-    averages = {"classification": found["accuracy"][tasks and list(tasks) or parts["average"]].mean(skipna=False)}
+    options = {"max_length": width, "batch_size": batch_size}
+    ppl = {f"ppl_{name}": texts and perplexity(model, tokenizer, texts[:limit], stride=width//2, **options) for name, texts in parts["texts"].items()}
+    f1 = {f"f1_{name}": turns and dialogue_scores(model, tokenizer, turns[:limit], **options)["f1"].mean() for name, turns in parts["dialogues"].items()}
+    averages = {"classification": found["accuracy"][averaged].mean(skipna=False)}
     if f1:
         averages["dialogue"] = pd.Series(f1, dtype=float).mean(skipna=False)
     if missing:
