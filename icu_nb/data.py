@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'FORMAL', 'BORN', 'ICU_FILES', 'TOKEN_COMMIT', 'TEXT_COMMIT', 'FORGET_SHA', 'NEIGHBOR_SHA', 'TEXT_SHA',
-           'PUBLIC_FILES', 'Corpus', 'person', 'people', 'documentation_paragraphs', 'word_ngrams', 'containment',
-           'deduplicate', 'split', 'general_split', 'people_corpus', 'file_corpus', 'download', 'data_folder',
-           'data_file', 'gpt2_tokenizer', 'pile_extraction', 'local_runs', 'full_extraction_set', 'dialogues',
-           'wikitext', 'pile_corpus', 'load_corpus']
+           'COMPLETION_SHA', 'PUBLIC_FILES', 'DIALOGUES', 'Corpus', 'person', 'people', 'documentation_paragraphs',
+           'word_ngrams', 'containment', 'deduplicate', 'split', 'general_split', 'people_corpus', 'file_corpus',
+           'download', 'data_folder', 'data_file', 'gpt2_tokenizer', 'pile_extraction', 'local_runs',
+           'full_extraction_set', 'dialogue_turns', 'dialogues', 'wikitext', 'pile_corpus', 'load_corpus']
 
 # %% ../nbs/01_data.ipynb #534efc74
-import csv, hashlib, http.client, json, os, pydoc_data.topics, random, re, urllib.request
+import hashlib, http.client, json, os, pydoc_data.topics, random, re, urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -193,7 +193,15 @@ TEXT_SHA = {
     "dialogue/blended_skill_talk.json": "60c938c0f2f2f15d00a962a2df2163a9ce2d1511a90baacc68cb713d3b686766",
     "dialogue/empathetic_dialogues.json": "337ebfe6171f8732f114ea618febde30bb05bf2fa3aff259f452c9c5bbac65de",
     "dialogue/wizard_of_wikipedia.json": "e8d2d3332fe6abf59a567fa4a6cc9d7d8bfbebf0d38291519ef7a3df0df2e978",
+    "dialogue/wizard_of_internet.json": "8347706b3d7c33816c9b53851ec34e11015fa0632c067a69d44b4d754cc60bd9",
     "perplexity/wikitext.csv": "cb85284acc5ce7e23706d69fc75da183c591da5a207c25c66490659dd88fcb0f",
+    "perplexity/pile.csv": "c5339507c8d8478f78f59a248f67d86b5e91e126d74949cdc8d8293e6a742b94",
+}
+
+
+COMPLETION_SHA = {
+    "completion/lambada.csv": "4059051c8cddaef9577f37dc0fb7399ecfdeac19712e831f09b9e75ca534ff27",
+    "completion/pubmed_qa.csv": "f2b0fb465b7cf1e1c3dce47a0b51baea35aa8bc67705682aaddf70f36b041519",
 }
 
 
@@ -202,6 +210,7 @@ PUBLIC_FILES = {
     **{f"pile_extraction/run{k}/forget_tokens.npy": (f"{ICU_FILES}/{TOKEN_COMMIT}/datasets/exp/exp{k}/unlearn/_dataset.npy", FORGET_SHA[k]) for k in range(5)},
     **{f"pile_extraction/run{k}/neighbour_tokens.npy": (f"{ICU_FILES}/{TOKEN_COMMIT}/datasets/exp/exp{k}/learn/_dataset.npy", NEIGHBOR_SHA[k]) for k in range(5)},
     **{name: (f"{ICU_FILES}/{TEXT_COMMIT}/datasets/validation_data/{Path(name).name}", sha) for name, sha in TEXT_SHA.items()},
+    **{name: (f"{ICU_FILES}/{TEXT_COMMIT}/datasets/{Path(name).name}", sha) for name, sha in COMPLETION_SHA.items()},
 }
 
 # %% ../nbs/01_data.ipynb #dbf5c34d
@@ -300,21 +309,30 @@ def full_extraction_set(
     return rows
 
 # %% ../nbs/01_data.ipynb #8eb5bf1c
+DIALOGUES = ["blended_skill_talk", "empathetic_dialogues", "wizard_of_wikipedia", "wizard_of_internet"]
+
+
+def dialogue_turns(
+    name: str, # one of `DIALOGUES`
+    data_dir: str|Path|None=None, # see `data_folder`
+) -> list[list[str]]: # the turns of every dialogue
+    "One of the paper's four dialogue sets."
+    require(name in DIALOGUES, "name", f"{name!r} is not known", f"Known: {', '.join(DIALOGUES)}")
+    return list(json.loads(data_file(f"dialogue/{name}.json", data_dir).read_text(encoding="utf-8"))["text"].values())
+
+
 def dialogues(
     data_dir: str|Path|None=None, # see `data_folder`
 ) -> list[str]:
-    "Three of the paper's dialogue sets, one dialogue per text."
-    files = [data_file(name, data_dir) for name in TEXT_SHA if name.startswith("dialogue/")]
-    return [" ".join(" ".join(turns).split()) for file in files for turns in json.loads(file.read_text(encoding="utf-8"))["text"].values()]
+    "Three of the paper's dialogue sets, one dialogue per text; the fourth stays unseen."
+    return [" ".join(" ".join(turns).split()) for name in DIALOGUES[:3] for turns in dialogue_turns(name, data_dir)]
 
 
 def wikitext(
     data_dir: str|Path|None=None, # see `data_folder`
 ) -> list[str]:
     "The paper's WikiText validation texts."
-    csv.field_size_limit(10**8)
-    with open(data_file("perplexity/wikitext.csv", data_dir), newline="", encoding="utf-8") as file:
-        return [row["text"] for row in csv.DictReader(file)]
+    return list(read_table(data_file("perplexity/wikitext.csv", data_dir))["text"])
 
 # %% ../nbs/01_data.ipynb #7e3327c8
 def pile_corpus(

@@ -7,14 +7,14 @@ __all__ = ['evaluating', 'context_length', 'halving_batches', 'real_tokens', 'No
            'memorization_accuracy', 'el_positions', 'overlap', 'needed_rollouts', 'el_from_rollouts', 'RoomyLayer',
            'gather_prefixes', 'continue_from_cache', 'can_copy', 'continue_plainly', 'chunks_that_fit', 'roll_out',
            'memorization', 'extraction_likelihood', 'sentence_bleu', 'BERTScorer', 'token_entropy', 'distinct_n',
-           'perplexity']
+           'sliding_windows', 'perplexity']
 
 # %% ../nbs/03_metrics.ipynb #1163111a
 import functools, inspect, logging, math, warnings, weakref
 from collections import Counter
 from contextlib import contextmanager
 from .core import InputError, best_device, require
-from .data import Sequences, check_texts, pad, tokenize
+from .data import Sequences, check_texts, pad, pad_id, tokenize
 from .head import chunk_length, states_or_logits
 from .loading import without_adapter
 from .models import token_losses
@@ -436,6 +436,16 @@ def distinct_n(
     ngrams = list(zip(*(tokens[i:] for i in range(n))))
     return len(set(ngrams))/len(ngrams) if ngrams else 0.0
 
+# %% ../nbs/03_metrics.ipynb #03000402
+def sliding_windows(
+    tokens: list[int], # a text
+    width: int, # tokens per window
+    stride: int, # tokens from one window's beginning to the next one's
+) -> list[tuple[list[int], int]]: # the windows, each with the position of its first token that no window before it has
+    "Overlapping windows that cover a text; a text no longer than `width` is one window."
+    last = max(0, math.ceil((len(tokens) - width)/stride))
+    return [(tokens[k*stride:k*stride + width], width - stride if k else 0) for k in range(last + 1)]
+
 # %% ../nbs/03_metrics.ipynb #d3f7b790
 @halving_batches
 def perplexity(
@@ -443,16 +453,22 @@ def perplexity(
     tokenizer, # its tokenizer
     texts: list[str], # the texts
     *,
-    max_length: int=512, # tokens; longer texts are cut, to the model's context at most
-    batch_size: int=8, # texts per forward pass
+    max_length: int=512, # tokens the model reads at once; its context at most
+    stride: int|None=None, # None: longer texts are cut; else they are read in windows of max_length, each this many tokens further on
+    batch_size: int=8, # texts or windows per forward pass
 ) -> float:
     "exp of the mean negative log-likelihood per token, over all tokens of all texts (not a mean of means)."
-    sequences = tokenize(check_texts(texts), tokenizer, min(max_length, context_length(model)))
+    width = min(max_length, context_length(model))
+    require(stride is None or 1 <= stride < width, "stride", f"{stride!r} is not from 1 to {width - 1}", "Windows must overlap; half of max_length is usual")
+    rows = tokenize(check_texts(texts), tokenizer, width if stride is None else None).tokens()
+    windows = [window for row in rows for window in sliding_windows(row, width, stride or width)]
+    sequences, known = pad([tokens for tokens, _ in windows], pad_id(tokenizer)), torch.tensor([known for _, known in windows])
     total, count = 0.0, 0
     with evaluating(model):
-        for batch in sequences.batches(batch_size):
+        for batch, skip in zip(sequences.batches(batch_size), known.split(batch_size)):
             batch = batch.to(model.device)
             nll, real = token_losses(model(**vars(batch)).logits, **vars(batch))
-            total, count = total + nll.sum().item(), count + int(real.sum())
+            counts = real & (torch.arange(1, nll.shape[1] + 1) >= skip[:, None]).to(real.device)
+            total, count = total + nll[counts].sum().item(), count + int(counts.sum())
     require(count > 0, "texts", "no text has two tokens, so there is nothing to predict", "Give longer texts")
     return float(torch.tensor(total/count, dtype=torch.float64).exp())
