@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'strength', 'extraction_strength', 'longest_common_substring', 'edit_distance', 'similarity',
-           'attack_prompts', 'extract', 'best_of', 'record_facts', 'probes', 'ask']
+           'attack_prompts', 'extract', 'best_of', 'probes', 'ask']
 
 # %% ../nbs/09c_extraction.ipynb #09c00004
 import random, re
@@ -16,6 +16,7 @@ from .core import require
 from .data import TEMPLATES, Sequences, pad_id
 from .iur import continuations
 from .metrics import context_length, evaluating, greedy_pass, halving_batches, real_tokens
+from .utility import find_facts
 
 # %% ../nbs/09c_extraction.ipynb #09c00009
 def strength(
@@ -128,16 +129,6 @@ def best_of(
     return table.pivot(index="id", columns="sample", values=measure).cummax(axis=1).rename(columns=lambda sample: sample + 1)
 
 # %% ../nbs/09c_extraction.ipynb #09c00029
-def record_facts(
-    text: str, # a record of the people corpus
-) -> tuple[str, dict[str, str]]|None: # its template's name and its facts; None where it is no such record
-    "A template, read backwards."
-    for name, template in TEMPLATES.items():
-        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+?)", re.escape(template))
-        if match := re.fullmatch(pattern, text):
-            return name, match.groupdict()
-
-
 def probes(
     texts: list[str], # records of the people corpus
     field: str="phone", # the fact that is wanted
@@ -147,9 +138,9 @@ def probes(
     "The attacker knows everything that stands in front of one fact."
     rng, asked, fields = random.Random(seed), [], re.findall(r"\{(\w+)\}", TEMPLATES["note"])
     require(field in fields, "field", f"{field!r} is not known", f"Known: {', '.join(fields)}")
-    for i, record in enumerate(map(record_facts, texts)):
-        require(record is not None, "texts", f"text {i} is no record of the people corpus", "Write your own probes: pairs of a prompt and the secret behind it")
-        own, facts = record
+    for record in texts:
+        facts = find_facts(record).groupdict()
+        own = next(name for name, template in TEMPLATES.items() if template.format(**facts) == record)
         template = rng.choice([name for name in TEMPLATES if name != own]) if paraphrase else own
         prompt = TEMPLATES[template].split("{" + field + "}")[0].format(**facts)
         space = " "*(len(prompt) - len(prompt.rstrip())) # tokens begin with their space

@@ -8,9 +8,10 @@ from torchmetrics.functional.text import edit_distance as torchmetrics_distance
 from icu_nb.core import InputError
 from icu_nb.data import pad, people, prompt_suffix, tokenize
 from icu_nb.extraction import (PROMPTS, ask, attack_prompts, best_of, edit_distance, extract, extraction_strength, longest_common_substring,
-                               probes, record_facts, similarity, strength)
+                               probes, similarity, strength)
 from icu_nb.iur import continuations
 from icu_nb.metrics import memorization_accuracy
+from icu_nb.utility import find_facts
 
 words = st.text(alphabet="abc", max_size=12)
 
@@ -121,7 +122,7 @@ def test_samples_follow_the_seed_alone(tiny):
 
 def test_records_are_read_back():
     for text in people(60, seed=5):
-        template, facts = record_facts(text)
+        facts = find_facts(text).groupdict()
         own, = probes([text], paraphrase=False)
         other, = probes([text])
         assert own[0] + own[1] in text and facts["phone"] == own[1].strip() == other[1].strip()
@@ -129,7 +130,7 @@ def test_records_are_read_back():
 
 
 def test_probes_need_records_and_a_known_field():
-    with pytest.raises(InputError, match="text 1 is no record"):
+    with pytest.raises(InputError, match="`record`.*templates"):
         probes([people(1)[0], "hello"])
     with pytest.raises(InputError, match="Known: name"):
         probes(people(1), "shoe size")
