@@ -27,7 +27,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export figures seeds bench clean
+.PHONY: help quickstart test test-all colab-test lab export figures seeds bench baselines clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -96,6 +96,11 @@ bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and 
 	@mkdir -p runs/bench figures/data
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/13_benchmarks.ipynb runs/bench/13_benchmarks.ipynb --cwd nbs \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
+
+baselines: .venv/.dev  ## compare all methods at equal forgetting: figures/data/baselines.csv and its figure; goes on where it was stopped
+	@mkdir -p runs/baselines figures/data
+	$(PY) -m papermill nbs/08_baselines.ipynb runs/baselines/08_baselines.ipynb --cwd nbs \
+		-k python3 -l python --progress-bar -p rerun True
 
 .PHONY: audit
 audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit.csv and its figure [SEEDS="0 1 2"]

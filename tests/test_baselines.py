@@ -350,3 +350,10 @@ def test_a_task_vector_leads_to_the_tuned_model_and_back(tiny):
     assert loss(model) > loss(tiny.model)
     add_vector(model, vector, 1.0)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), tiny.model.parameters()))
+
+
+def test_published_and_tiny_settings_cover_every_method():
+    from icu_nb.baselines import PUBLISHED, TINY
+    assert set(OBJECTIVES) <= set(PUBLISHED) <= set(TINY)
+    for name, (lr, settings) in TINY.items():
+        assert 0 < lr < 0.01 and (name == "task vector" or get_objective(name.split()[0], **settings))
