@@ -82,13 +82,13 @@ class Run:
         self.device = model.device if self.world == 1 else self.accelerator.device # alone, the user's choice; else each process has its own
         self.task, self.config, self.objective, self.thresholds = task, config, objective, thresholds
         model.float().eval().to(self.device)
-        self.changed = fuse_activations(model)
         parts = {"forget": task.forget, "neighbor": task.neighbors} | ({} if task.alternatives is None else {"alternative": task.alternatives})
         asked = getattr(objective, "remembers", parts)
         self.reference = OriginalModel(model, {name: parts[name] for name in parts if name in asked}, config.eval_batch_size, anything="anything" in asked)
-        self.changed += recompute_layers(model) if config.gradient_checkpointing else []
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.core, self.model, self.optimizer = model, *prepared(self.accelerator, model, torch.optim.Adam(trainable, lr=config.lr, betas=(0.9, 0.98), fused=True), config)
+        # last: what fails above leaves the model's layers as they were
+        self.changed = (recompute_layers(model) if config.gradient_checkpointing else []) + fuse_activations(model)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.options = dict(n=config.n, start=config.start, batch_size=config.eval_batch_size)
 

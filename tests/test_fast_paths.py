@@ -18,8 +18,8 @@ from icu_nb.data import Sequences, pad
 from icu_nb.head import chunk_length, head_losses, last_hidden_states, linear_head
 from icu_nb.iur import Thresholds, continuations
 from icu_nb.kui import unlearning_loss
-from icu_nb.metrics import BERTScorer, evaluating, greedy_pass, halving_batches, memorization, memorization_accuracy, roll_out
 from icu_nb.loading import fuse_activations
+from icu_nb.metrics import BERTScorer, evaluating, greedy_pass, halving_batches, memorization, memorization_accuracy, roll_out
 from icu_nb.models import mean_token_nll, tiny_gpt_neo
 from icu_nb.objective import ICU, Batch, Part, Term, gradient_ascent, token_terms
 from icu_nb.unlearn import ICUConfig, NonFinite, Run, Task, prepare_task, unlearn
@@ -331,6 +331,16 @@ def test_pieces_add_up_to_the_step_exactly():
 def test_layers_and_activations_are_put_back(tiny, recomputed):
     model = tiny.copy()
     unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1, gradient_checkpointing=recomputed), thresholds=Thresholds(ma=0, el=0))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_run_that_cannot_begin_leaves_the_layers_alone(tiny, monkeypatch):
+    def fails(*_):
+        raise InputError("no such processes")
+    monkeypatch.setattr(icu_nb.unlearn, "prepared", fails)
+    model = tiny.copy()
+    with pytest.raises(InputError, match="no such processes"):
+        unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(gradient_checkpointing=True))
     assert not any("forward" in vars(module) for module in model.modules())
 
 
