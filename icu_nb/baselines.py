@@ -394,4 +394,4 @@ PUBLISHED = { # method: learning rate, texts per step, epochs, source
 TINY = { # method: learning rate and settings for the tiny model; a second word names a variant
     "icu": (1e-4, {}), "icu by MA": (1e-4, {}), "ga": (3e-5, {}), "kumpr": (3e-4, {}), "graddiff": (1e-4, {}), "kl": (1e-4, {}), "llmu": (1e-4, {}), "po": (3e-4, {}),
     "dpo": (3e-3, {"beta": 0.02}), "eul": (1e-2, {}), "npo": (1e-4, {"beta": 0.02}), "npo as published": (3e-4, {}), "simnpo": (3e-4, {"beta": 1.0, "weight": 1.0}),
-    "rmu": (3e-4, {"layer": 1, "alpha": 1.0}), "undial": (1e-3, {}), "wga": (1e-4, {}), "satimp": (1e-3, {"weight": 1.0, "alpha": 0.1}), "task vector": (1e-3, {})}
+    "rmu": (3e-4, {"layer": 1, "alpha": 1.0}), "undial": (1e-3, {}), "wga": (1e-4, {}), "satimp": (1e-3, {"weight": 1.0, "alpha": 0.1}), "task vector": (5e-3, {})}
