@@ -348,12 +348,12 @@ def unlearned(
     model, pool, thresholds = add_lora(model) if cell.method == "eul" else model, pool_of(options, given), goal_of(options, given)
     every_epoch = options["refinement"] != "none" or options["watch"] or options["samples"]
     config = ICUConfig(lr=options["lr"], batch_size=options["batch_size"], max_epochs=options["max_epochs"], seed=cell.seed, seq_len=options["seq_len"], n_neighbors=options["k"],
-                       max_overlap=options["max_overlap"], stop=options["stop"], check_every=1 if every_epoch else options["max_epochs"])
+                       max_overlap=options["max_overlap"], stop=options["stop"], check_every=1 if every_epoch else options["max_epochs"], num_beams=2 if options["refinement"] == "published" or options["samples"] else 1)
     histories, samples, pairs, first = [], [], [], 0
     for number, part in enumerate(np.array_split(np.array(requests, dtype=object), options["batches"]), start=1):
         noted, refinement = [], REFINEMENTS[options["refinement"]]
         look = lambda: {f"ppl_{kind}": value for kind, value in perplexities(model, given, options, given.pairs, options["watch"]).items()}
-        result = unlearn(model, given.tokenizer, list(part), pool, dataclasses.replace(config, check_steps=max(1, len(part)//64) if options["goal"] else None),
+        result = unlearn(model, given.tokenizer, list(part), pool, dataclasses.replace(config, check_steps=max(1, len(part)//(4*config.batch_size)) if options["goal"] else None),
                          objective=get_objective(cell.method, **options["loss"]), thresholds=thresholds, alternatives=alternatives_for(cell, given, len(part)),
                          refinement=watched(refinement, look, noted) if options["watch"] else refinement, embedder=embedder_of(options, given),
                          encoder=find_encoder(options["encoder"]) if options["encoder"] else None)
