@@ -1,0 +1,414 @@
+"""Runs and grids: what makes two runs the same, that none is made twice or lost, and that a row says what was measured."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from icu_nb import experiments, one_run
+from icu_nb.baselines import get_objective
+from icu_nb.cle import model_embedder
+from icu_nb.core import InputError
+from icu_nb.data import Corpus, tokenize
+from icu_nb.experiments import COLUMNS, EXPERIMENTS, LABELS, PROFILES, SCHEMA, Experiment, cells, main, mean_interval, read_csv, read_rows, run, table
+from icu_nb.metrics import memorization_accuracy, perplexity
+from icu_nb.models import tiny_gpt_neo
+from icu_nb.one_run import SCRATCH, SETTINGS, Cell, Files, Given, PeakMemory, embedder_of, goal_of, pool_of, prepare, run_cell
+from icu_nb.task import ICUConfig, prepare_task
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"n_forget": 8, "seq_len": 48, "lr": 2e-3, "batch_size": 4, "max_epochs": 2, "utility": None, "scorer": None}
+
+
+@pytest.fixture
+def given(tiny, monkeypatch):
+    """Every run begins with the tests' own model."""
+    corpus = Corpus("people", tiny.forget, tiny.retain, tiny.heldout, tiny.retain[:6], tiny.heldout[:4])
+    found = Given(corpus, tiny.model, tiny.tokenizer, 0, 48, lambda seed: tiny_gpt_neo(len(tiny.tokenizer), 64, 2, 32, 2, seed))
+    monkeypatch.setattr(one_run, "prepare", lambda *_: found)
+    return found
+
+
+def a_cell(method="ga", **changes):
+    options = {**SETTINGS, **SMALL, **changes}
+    if method == "icu":
+        options["loss"] = {"alpha": 0.5, "beta": 1.0}
+    return Cell("mini", "tiny", "people", "tiny gpt-neo", method, LABELS[method], 0, json.dumps(options, sort_keys=True))
+
+
+@pytest.fixture
+def mini(given, monkeypatch):
+    """An experiment of two fast methods, and a second one that shares a run with it."""
+    grid = tuple((name, name, SMALL) for name in ("original", "ga", "graddiff"))
+    monkeypatch.setitem(EXPERIMENTS, "mini", Experiment("?", 2, grid, ("lr",)))
+    monkeypatch.setitem(EXPERIMENTS, "twin", Experiment("?", 1, (("ascent", "ga", SMALL),)))
+    made = []
+    monkeypatch.setattr(experiments, "run_cell", lambda cell, files: made.append(cell) or run_cell(cell, files))
+    return made
+
+
+# ---- what makes a run ----
+
+@pytest.mark.parametrize("field, value", [("profile", "gpu"), ("data", "pile0"), ("model", "tiny opt"), ("method", "kumpr"), ("seed", 1), ("settings", "{}")])
+def test_whatever_makes_a_row_makes_the_key(field, value):
+    cell = a_cell()
+    assert dataclasses.replace(cell, **{field: value}).key != cell.key
+
+
+def test_names_make_no_key():
+    assert dataclasses.replace(a_cell(), experiment="another", label="another").key == a_cell().key
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_grid_can_be_written_down(profile, monkeypatch):
+    monkeypatch.setattr(experiments, "local_runs", lambda _: [0, 1, 2])
+    for name in PROFILES[profile].experiments:
+        plan = cells(name, profile)
+        assert len({cell.key for cell in plan}) == len(plan) or profile == "paper"  # there two labels are one method
+        assert len({(cell.label, cell.data, cell.model, cell.seed) for cell in plan}) == len(plan)
+        for cell in plan:
+            assert set(cell.options) == set(SETTINGS) and cell.method in LABELS
+            if cell.method in experiments.OBJECTIVES:
+                get_objective(cell.method, **cell.options["loss"])
+                ICUConfig(lr=cell.options["lr"], batch_size=cell.options["batch_size"], n_neighbors=cell.options["k"], stop=cell.options["stop"])
+
+
+def test_runs_that_begin_alike_stand_together():
+    places = [(cell.seed, cell.data, cell.model) for cell in cells("limits")]
+    assert len([1 for a, b in zip(places, places[1:]) if a != b]) == len(set(places)) - 1
+
+
+def test_kumpr_takes_all_texts_in_one_step():
+    assert all(cell.options["batch_size"] == cell.options["n_forget"] for cell in cells("main_table") if cell.method == "kumpr")
+
+
+@pytest.mark.parametrize("asked, says", [
+    (dict(name="mane_table"), list(EXPERIMENTS)), (dict(name="ablation", profile="big"), list(PROFILES)), (dict(name="case_study", profile="gpu"), ["main_table"]),
+    (dict(name="ablation", seeds=0), ["positive"])])
+def test_what_is_unknown_is_told_with_what_there_is(asked, says):
+    with pytest.raises(InputError) as error:
+        cells(**asked)
+    assert all(word in str(error.value) for word in says)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(InputError, match="bettas"):
+        experiments.settings_json("tiny", "icu", {"bettas": 1})
+
+
+def test_the_users_texts_are_part_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "local_runs", lambda _: [0, 1, 2])
+    keys = []
+    for text, folder in (("one", "a"), ("two", "b"), ("one", "c")):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"x.txt").write_text(text)
+        keys.append(cells("ablation", "gpu", files=Files(texts=str(tmp_path/folder)))[0].key)
+    assert keys[0] == keys[2] != keys[1]
+    (tmp_path/"empty").mkdir()
+    with pytest.raises(InputError, match="holds no"):
+        cells("ablation", "gpu", files=Files(texts=str(tmp_path/"empty")))
+
+
+# ---- no run is made twice, none is lost ----
+
+def test_a_row_says_what_was_measured(given, mini, tmp_path):
+    assert run("mini", seeds=1, folder=tmp_path, tell=lambda _: None) == {}
+    rows = read_rows(tmp_path, "mini").set_index("method")
+    assert list(read_rows(tmp_path, "mini").columns[:len(COLUMNS)]) == COLUMNS
+    original, ascent = rows.loc["original"], rows.loc["ga"]
+    ma = memorization_accuracy(given.original, **vars(tokenize(given.corpus.forget, given.tokenizer, 48))).mean().item()
+    assert original.ma == pytest.approx(ma, rel=1e-5) and ascent.ma < original.ma and not original.reached
+    assert original.threshold_ma == pytest.approx(given.unseen.ma, rel=1e-5) and original.threshold_el == 1
+    assert original.ppl_heldout == pytest.approx(perplexity(given.original, given.tokenizer, given.corpus.heldout, max_length=48), rel=1e-4)
+    assert pd.isna(original.stop_reason) and ascent.stop_reason in ("max_epochs", "thresholds") and pd.isna(ascent.acc_forget)
+    assert (rows.lr.loc[["ga", "graddiff"]] == 2e-3).all() and (rows.schema == SCHEMA).all() and rows.versions.str.contains("torch==").all() and rows.peak_memory_mb.gt(100).all()
+    history = read_csv(tmp_path/"mini_history.csv")
+    assert set(history["key"]) == set(rows["key"].loc[["ga", "graddiff"]]) and history.groupby("key").epoch.max().tolist() == [ascent.epochs, rows.epochs["graddiff"]]
+
+
+def test_a_finished_run_is_not_made_again(mini, tmp_path):
+    run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    before = (tmp_path/"mini.csv").read_bytes()
+    run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    assert len(mini) == 3 and (tmp_path/"mini.csv").read_bytes() == before
+    run("mini", seeds=2, folder=tmp_path, tell=lambda _: None)
+    assert [cell.seed for cell in mini] == [0]*3 + [1]*3 and len(read_rows(tmp_path, "mini")) == 6
+
+
+def test_another_experiments_run_is_taken_over(mini, tmp_path):
+    run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    run("twin", folder=tmp_path, tell=lambda _: None)
+    assert len(mini) == 3
+    theirs, ours = read_rows(tmp_path, "mini").set_index("key"), read_rows(tmp_path, "twin").set_index("key")
+    assert ours.label.tolist() == ["ascent"] and ours.experiment.tolist() == ["twin"]
+    rest = [name for name in COLUMNS if name not in ("key", "label", "experiment")]
+    pd.testing.assert_frame_equal(ours[rest], theirs.loc[ours.index, rest], check_dtype=False)
+    history = [read_csv(tmp_path/f"{name}_history.csv").query("key == @ours.index[0]").drop(columns="label").dropna(axis=1, how="all").reset_index(drop=True) for name in ("mini", "twin")]
+    pd.testing.assert_frame_equal(*history, check_dtype=False)
+
+
+@pytest.mark.parametrize("stopped_in", ["the run", "the history", "the row"])
+def test_an_interrupted_grid_goes_on(mini, tmp_path, monkeypatch, stopped_in):
+    """Stopped in its second run, at three moments."""
+    make, put = experiments.run_cell, experiments.put_rows
+    def stop_making(cell, files):
+        if cell.method == "ga":
+            raise KeyboardInterrupt
+        return make(cell, files)
+    def stop_writing(path, cell, rows):
+        if cell.method == "ga" and ("history" in path.name) == (stopped_in == "the history"):
+            raise KeyboardInterrupt
+        put(path, cell, rows)
+    monkeypatch.setattr(*((experiments, "run_cell", stop_making) if stopped_in == "the run" else (experiments, "put_rows", stop_writing)))
+    with pytest.raises(KeyboardInterrupt):
+        run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(experiments, "run_cell", make)
+    monkeypatch.setattr(experiments, "put_rows", put)
+    run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    assert read_rows(tmp_path, "mini").label.tolist() == ["original", "ga", "graddiff"]
+    history = read_csv(tmp_path/"mini_history.csv")
+    assert not history.duplicated(["key", "epoch"]).any()
+
+
+def test_an_interrupt_inside_unlearn_makes_no_row(given, monkeypatch):
+    """`unlearn` returns what was reached by then, which is nobody's row."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("icu_nb.unlearn.train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(a_cell())
+
+
+def test_what_could_not_run_is_listed_and_the_rest_is_run(mini, tmp_path, monkeypatch, capsys):
+    make = experiments.run_cell
+    def fail(cell, files):
+        if cell.method == "ga":
+            raise InputError("`encoder`: there is none.")
+        return make(cell, files)
+    monkeypatch.setattr(experiments, "run_cell", fail)
+    assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    assert read_rows(tmp_path, "mini").label.tolist() == ["original", "graddiff"] and "ga, people, tiny gpt-neo, seed 0 (`encoder`: there is none.)" in said.split("Not run:")[1]
+    monkeypatch.setattr(experiments, "run_cell", make)
+    assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 0
+
+
+def test_no_run_begins_that_would_not_fit(mini, tmp_path):
+    missing = run("mini", seeds=1, folder=tmp_path, minutes=0, tell=lambda _: None)
+    assert len(missing) == 3 and not mini and all("no time left" in why for why in missing.values())
+
+
+# ---- what lies on disk ----
+
+@pytest.fixture
+def stored(mini, tmp_path):
+    run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    return tmp_path/"mini.csv"
+
+
+def test_a_file_cut_off_anywhere_is_told_and_kept(stored):
+    whole = stored.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in sorted({*range(1, len(whole), len(whole)//60), ends[0] - 1, ends[1] - 1, ends[1] - 3, len(whole) - 1} - set(ends)):
+        stored.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match="damaged"):
+            run("mini", seeds=1, folder=stored.parent, tell=lambda _: None)
+        assert stored.read_bytes() == whole[:cut]
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda text: text.replace('""max_epochs"": 2', '""max_epochs"": 3', 1), "line 2"), (lambda text: text.replace(",ga,ga,0,", ",ga,ga,1,"), "line 3"),
+    (lambda text: text + text.splitlines()[1] + "\n", "twice"), (lambda text: text.replace("el10,ma", "ma,el10", 1), "columns"), (lambda text: "\x00\xff\n", "damaged"),
+    (lambda text: text.replace(",1,0.002\n", ",7,0.002\n"), "schema 7")])
+def test_a_changed_file_is_told_and_kept(stored, damage, says):
+    wrong = damage(stored.read_text())
+    stored.write_text(wrong)
+    with pytest.raises(InputError, match=says):
+        read_rows(stored.parent, "mini")
+    assert main(["run", "mini", "--out", str(stored.parent)]) == 2 and stored.read_text() == wrong
+
+
+def test_labels_and_commits_stay_text(stored):
+    """A commit of digits, or one that reads as a number, is none."""
+    rows = read_rows(stored.parent, "mini").assign(commit=["012345678901", "1e5", "123456789012+"])
+    rows.to_csv(stored, index=False)
+    assert read_rows(stored.parent, "mini").commit.tolist() == ["012345678901", "1e5", "123456789012+"]
+
+
+# ---- one run ----
+
+def test_neighbors_of_every_kind(given):
+    options = {**SETTINGS, **SMALL}
+    def pairs(k=1, **changes):
+        pool = pool_of({**options, **changes}, given)
+        config = ICUConfig(seq_len=48, n_neighbors=k, max_overlap=1.0)
+        return prepare_task(given.original, given.tokenizer, given.corpus.forget, pool, config, embedder_of({**options, **changes}, given)).pairs
+    halves = lambda texts: given.tokenizer.batch_decode([row[len(row)//2:] for row in tokenize(texts, given.tokenizer, 48).tokens()])
+    embed = model_embedder(given.original, given.tokenizer)
+    apart = np.linalg.norm(embed(halves(given.corpus.forget))[:, None] - embed(halves(given.corpus.retain))[None], axis=-1)
+    assert (pairs()[:, 0] == apart.argmin(1)).all() and (pairs(neighbors="farthest")[:, 0] == apart.argmax(1)).all()
+    assert (pairs(neighbors="random") != pairs()).mean() > 0.5 and (pairs(neighbors="random") == pairs(neighbors="random")).all()
+    general = pairs(k=2, general=0.5) >= len(given.corpus.retain)
+    assert general[:4].all() and not general[4:].any()
+    assert pairs(pool=5).max() < 5
+
+
+def test_noise_changes_about_its_share_of_the_words(given):
+    clean, noisy = (pool_of({**SETTINGS, "noise": share}, given) for share in (0.0, 0.5))
+    changed = np.mean([a != b for before, after in zip(clean, noisy) for a, b in zip(before.split(" "), after.split(" "), strict=True)])
+    assert 0.4 < changed < 0.55
+
+
+@pytest.mark.parametrize("goal, ma, el", [(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (0, 0.0, 0.0)])
+def test_goals_are_shares_of_the_unseen(given, goal, ma, el):
+    found = goal_of({**SETTINGS, "goal": goal, "a": 0.6, "b": 0.2, "rule": "all"}, given)
+    assert found.ma == pytest.approx(ma*given.unseen.ma) and found.el == el and (found.bert_f1, found.bleu, found.rule) == (0.6, 0.2, "all")
+
+
+def test_published_goals(given):
+    goals = {goal: goal_of({**SETTINGS, "goal": goal}, given) for goal in ("icu", "kumpr", "unseen")}
+    assert (goals["icu"].ma, goals["kumpr"].ma) == (0.5994, 0.2994) and goals["unseen"].el >= 0.0499
+
+
+def test_requests_in_batches_add_up(given):
+    row, history, samples = run_cell(a_cell(requests=6, batches=3, batch_size=2, goal=0, samples=6))
+    assert history.groupby("request").epoch.max().tolist() == [2, 2, 2] and row["epochs"] == 6
+    assert samples.groupby("epoch")["id"].nunique().eq(6).all() and sorted(samples["id"].unique()) == list(range(6))
+    sequences = tokenize(given.corpus.forget, given.tokenizer, 48).tokens()
+    for sample in samples.to_dict("records"):
+        text = given.tokenizer.decode(sequences[sample["id"]])
+        assert sample["prompt"] + sample["truth"] in text
+
+
+def test_perplexity_is_watched_at_every_epoch(given):
+    _, history, _ = run_cell(a_cell(goal=0, watch=["heldout", "neighbors"]))
+    assert history.epoch.tolist() == [0, 1, 2] and history[["ppl_heldout", "ppl_neighbors"]].notna().all().all()
+    assert history.ppl_heldout[0] == pytest.approx(perplexity(given.original, given.tokenizer, given.corpus.heldout, max_length=48), rel=1e-5)
+    assert history.ppl_heldout[2] > history.ppl_heldout[0]
+
+
+def test_watching_changes_nothing(given):
+    rows = [run_cell(a_cell("icu", refinement="own scores", goal=0, watch=watch))[0] for watch in ([], ["heldout"])]
+    assert rows[0]["ppl_heldout"] == pytest.approx(rows[1]["ppl_heldout"], rel=1e-6) and rows[0]["ma"] == rows[1]["ma"]
+
+
+def test_distance_from_the_retrained_model(given, tiny):
+    given.retrain = tiny.copy
+    row = run_cell(a_cell("original", distance=True))[0]
+    assert row["distance"] == pytest.approx(0, abs=1e-6)
+    moved = run_cell(a_cell(distance=True, goal=0))[0]
+    assert moved["distance"] > 0.1
+
+
+def test_who_decides(given):
+    samples = pd.DataFrame({"bleu": [0, 0, 0.5, 0.5], "bert_f1": [0.1, 0.9, 0.1, 0.9]})
+    assert one_run.deciders(samples, goal_of({**SETTINGS, "b": 0.1}, given)) == {"only_bleu": 0.25, "only_bert": 0.25, "both": 0.25}
+
+
+def test_pile_texts_are_no_samples(given):
+    with pytest.raises(InputError, match="samples"):
+        run_cell(dataclasses.replace(a_cell("original", samples=2), data="pile0"))
+
+
+def test_memory_at_its_peak():
+    with PeakMemory() as before:
+        pass
+    with PeakMemory() as memory:
+        block = torch.ones(100_000_000)  # 400 MB
+        del block
+    assert memory.megabytes > before.megabytes + 300 or torch.cuda.is_available()
+
+
+def test_the_tiny_original_is_that_of_all_notebooks(cache, monkeypatch):
+    """The same recipe as `tiny_model`, so that its cache serves both."""
+    asked = []
+    monkeypatch.setattr(one_run, "memorize", lambda model, tokenizer, texts, background, **recipe: asked.append((texts, background, recipe)))
+    monkeypatch.setattr("icu_nb.models.memorize", lambda model, tokenizer, texts, background, **recipe: asked.append((texts, background, recipe)))
+    prepare.cache_clear()
+    given = prepare("people", "tiny gpt-neo", 3, 4, 96)
+    given.retrained
+    from icu_nb.models import tiny_model
+    models = [tiny_model(given.corpus, 3, retrained=retrained)[0] for retrained in (False, True)]
+    prepare.cache_clear()
+    assert asked[0][2].items() <= asked[2][2].items() and asked[0][:2] == asked[2][:2] and asked[1][:2] == asked[3][:2]
+    assert all(torch.equal(p, q) for model in models for p, q in zip(model.parameters(), given.original.parameters()))
+
+
+def test_the_large_model_trains_until_it_knows_its_texts(tiny, monkeypatch):
+    passes = []
+    monkeypatch.setattr(one_run, "memorize", lambda *_, seed, **__: passes.append(seed))
+    corpus = Corpus("pile", tiny.forget, tiny.retain, tiny.heldout, [], [])
+    one_run.memorize_in_passes(tiny.model, tiny.tokenizer, corpus, 0, 48)
+    assert len(passes) == 1
+    one_run.memorize_in_passes(tiny_gpt_neo(len(tiny.tokenizer), 64, 2, 32, 2), tiny.tokenizer, corpus, 0, 48)
+    assert len(passes) == 1 + one_run.PASSES == len(set(passes)) + 1  # another order in every pass
+
+
+def test_the_model_from_scratch_reads_the_users_texts(shared_data, tmp_path, monkeypatch):
+    (tmp_path/"book.txt").write_text("\n".join(f"Line {i} of a book that nobody wrote, about the number {i*i}." for i in range(900)))
+    monkeypatch.setitem(one_run.ARCHITECTURES, SCRATCH, one_run.ARCHITECTURES["tiny gpt2"])
+    seen = []
+    monkeypatch.setattr(one_run, "memorize_in_passes", lambda model, tokenizer, corpus, seed, seq_len: seen.append(corpus))
+    prepare.cache_clear()
+    given = prepare("pile0", SCRATCH, 0, 4, 50, Files(str(shared_data), str(tmp_path)))
+    prepare.cache_clear()
+    corpus, = seen
+    assert given.corpus is corpus and len(given.tokenizer) == 50257 and "of a book that nobody wrote" in corpus.general_train[0] and not set(corpus.general_train) & set(corpus.general_test)
+    with pytest.raises(InputError, match="not trained again"):
+        given.retrained
+
+
+# ---- tables, and the shell ----
+
+def test_intervals():
+    rng = np.random.default_rng(0)
+    values = pd.Series(rng.normal(5, 1, 5))
+    from scipy.stats import ttest_1samp
+    low, high = ttest_1samp(values, 0).confidence_interval()
+    assert mean_interval(values) == f"{values.mean():.3g} ± {(high - low)/2:.2g}"
+    assert mean_interval(np.exp(values), geometric=True).split(" ×/ ")[0] == f"{np.exp(values.mean()):.3g}" and mean_interval(values[:1]) == f"{values[0]:.3g}"
+
+
+def test_tables_and_overviews(mini, tmp_path, capsys):
+    assert main(["table", "mini", "--out", str(tmp_path)]) == 0 and "Empty" not in capsys.readouterr().out
+    run("mini", folder=tmp_path, tell=lambda _: None)
+    found = table(read_rows(tmp_path, "mini"))
+    assert found.seeds.eq(2).all() and list(found.index.get_level_values("label")) == ["original", "ga", "graddiff"]
+    for task in ("list", "status"):
+        assert main([task, "--out", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert all(name in said for name in PROFILES["tiny"].experiments)
+    assert main(["table", "nothing"]) == 2 and "main_table" in capsys.readouterr().err
+
+
+def test_from_a_shell():
+    said = subprocess.run([sys.executable, "-m", "icu_nb.experiments", "run", "nothing"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert said.returncode == 2 and said.stderr.strip().splitlines()[-1].startswith("error: `experiment`: 'nothing' is not known. Known: main_table")
+
+
+# ---- the stored rows ----
+
+TOLERANCE = 0.02  # of every number, relative; to be measured with the rows: two runs, two thread counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_stored_row_comes_out_again(name, request):
+    """The run of the experiment that trained for the shortest time."""
+    rows = read_rows(ROOT/"figures"/"data", name)
+    rows = rows[(rows.profile == "tiny") & (rows.seconds_train > 0) & ~rows.method.isin(["original", "retrained", "random weights"])]
+    if rows.empty:
+        pytest.skip("no rows are stored")
+    stored = rows.loc[rows.seconds_train.idxmin()]
+    files = Files(str(request.getfixturevalue("shared_data"))) if stored.data != "people" else Files()
+    cell = next(cell for cell in cells(name, seeds=int(stored.seed) + 1, files=files) if cell.key == stored["key"])
+    found = run_cell(cell, files)[0]
+    for column in ("ma", "el10", "ppl_neighbors", "ppl_heldout", "ppl_general", "epochs"):
+        assert found[column] == pytest.approx(stored[column], rel=TOLERANCE, abs=TOLERANCE), column
