@@ -20,6 +20,9 @@ OUT_DIR = runs/quickstart
 # What the benchmarks run on: cpu, or cuda for the rows of a GPU; and which parts, if not all.
 DEVICE = cpu
 PARTS =
+# The size at which the paper is reproduced: tiny, gpu or paper; one experiment, or all of them.
+PROFILE = tiny
+NAME = all
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -27,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export figures seeds bench baselines audit clean
+.PHONY: help quickstart test test-all colab-test lab export figures seeds bench baselines audit reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -106,6 +109,9 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 	@mkdir -p runs/audit figures/data
 	$(PY) -m papermill nbs/10_privacy.ipynb runs/audit/10_privacy.ipynb --cwd nbs \
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
+
+reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
+	$(PY) -m icu_nb.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis

@@ -164,7 +164,7 @@ def cells(
     profile: str="tiny", # a key of `PROFILES`
     seeds: int|None=None, # how many, from 0; None: the experiment's own number
     files: Files=Files(), # the user's files
-) -> list[Cell]: # runs that begin with the same model stand together
+) -> list[Cell]: # runs that begin with the same model stand together; one that has two labels stands there once
     "The grid of an experiment, run by run."
     experiment, size = known(name, EXPERIMENTS, "experiment"), known(profile, PROFILES, "profile")
     require(name in size.experiments or name not in PROFILES["tiny"].experiments, "profile", f"{name} is not made for {profile}", f"There it is: {', '.join(size.experiments)}")
@@ -179,8 +179,9 @@ def cells(
                     continue
                 data, rest = f"pile{runs[seed % len(runs)]}", {"texts": files.digest()} | rest
             found += [Cell(name, profile, data, model, method, label, seed, settings_json(profile, method, rest)) for model in models]
-    place = {where: i for i, where in reversed([*enumerate((cell.seed, cell.data, cell.model) for cell in found)])}
-    return sorted(found, key=lambda cell: place[cell.seed, cell.data, cell.model])
+    place = {(cell.seed, cell.data, cell.model): i for i, cell in reversed([*enumerate(found)])}
+    once = {cell.key: cell for cell in reversed(found)}.values()
+    return sorted(reversed(once), key=lambda cell: place[cell.seed, cell.data, cell.model])
 
 # %% ../nbs/11_experiments.ipynb #11000046
 TEXT_COLUMNS = ["experiment", "profile", "data", "model", "method", "label", "settings", "key", "stop_reason", "device", "machine", "commit", "versions"]
@@ -415,7 +416,8 @@ def main(
             overview(args, files)
         elif args.task == "table":
             known(args.name, EXPERIMENTS, "name")
-            print(table(read_rows(args.out, args.name)).to_string())
+            rows = read_rows(args.out, args.name)
+            print(table(rows).to_string() if len(rows) else f"{args.name} has no rows in {args.out} yet.")
         else:
             end = time.perf_counter() + 60*args.minutes
             names = known(args.profile, PROFILES, "profile").experiments if args.name == "all" else [args.name]
