@@ -6,8 +6,9 @@
 __all__ = ['SETTINGS', 'SCRATCH', 'SHAPE', 'ARCHITECTURES', 'MEMORIZED', 'PASSES', 'ENCODERS', 'REFINEMENTS', 'YARDSTICKS',
            'FINDINGS', 'run_key', 'Cell', 'fresh_model', 'Files', 'memorize_in_passes', 'Given', 'corpus_of', 'prepare',
            'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested', 'Outcome', 'goal_of', 'watched',
-           'alternatives_for', 'unlearned', 'walked_back', 'perplexities', 'utility_columns', 'divergence',
-           'attack_columns', 'scorer_of', 'deciders', 'measure', 'PeakMemory', 'sample_rows', 'run_cell']
+           'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back', 'perplexities',
+           'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'measure', 'PeakMemory',
+           'sample_rows', 'run_cell']
 
 # %% ../nbs/10a_one_run.ipynb #10a00004
 import copy, dataclasses, functools, hashlib, importlib.util, json, math, random, threading, time, warnings
@@ -24,7 +25,7 @@ from .metrics import BERTScorer, evaluating, memorization_accuracy, perplexity
 from .cle import kl_loss, model_embedder, sentence_embedder
 from .task import prepare_task
 from .iur import Thresholds, calibrate_thresholds, check, select_active, select_over_thresholds, thresholds_met
-from .unlearn import ICUConfig, unlearn
+from .unlearn import ICUConfig, UnlearnResult, unlearn
 from .baselines import add_vector, get_objective, task_vector
 from .utility import FILE_TASKS, evaluate_tasks, evaluate_utility, find_facts, first_line, people_tasks
 from .extraction import probes
@@ -338,36 +339,51 @@ def alternatives_for(
     return people(n, seed=1000 + cell.seed) if cell.data == "people" else given.corpus.general_train[:n]
 
 # %% ../nbs/10a_one_run.ipynb #10a00024
+def config_of(
+    cell: Cell, # which run
+    n: int, # texts of one request
+) -> ICUConfig:
+    "The settings of the loop; the goal is looked at four times an epoch."
+    options = cell.options
+    every_epoch = options["refinement"] != "none" or options["watch"] or options["samples"]
+    return ICUConfig(
+        **{name: options[name] for name in ("lr", "batch_size", "max_epochs", "seq_len", "max_overlap", "stop")}, seed=cell.seed, n_neighbors=options["k"],
+        check_every=1 if every_epoch else options["max_epochs"], check_steps=max(1, n//(4*options["batch_size"])) if options["goal"] else None,
+        num_beams=2 if options["refinement"] == "published" or options["samples"] else 1)
+
+
+def unlearn_request(
+    model, # trained in place
+    cell: Cell, # which run
+    given: Given, # what it begins with
+    texts: list[str], # to forget
+) -> UnlearnResult: # its history with the perplexities that are watched
+    "One request."
+    options, refinement, noted = cell.options, REFINEMENTS[cell.options["refinement"]], []
+    look = lambda: {f"ppl_{kind}": value for kind, value in perplexities(model, given, options, given.pairs, options["watch"]).items()}
+    result = unlearn(
+        model, given.tokenizer, texts, pool_of(options, given), config_of(cell, len(texts)), objective=get_objective(cell.method, **options["loss"]), thresholds=goal_of(options, given),
+        refinement=watched(refinement, look, noted) if options["watch"] else refinement, alternatives=alternatives_for(cell, given, len(texts)),
+        embedder=embedder_of(options, given), encoder=find_encoder(options["encoder"]) if options["encoder"] else None)
+    if result.stop_reason == "interrupted": # what was reached by then is nobody's row
+        raise KeyboardInterrupt
+    if noted:
+        result.history = result.history.join(pd.DataFrame(noted, index=result.history.index[result.history.ma.notna()]))
+    return result
+
+
 def unlearned(
     cell: Cell, # which run
     given: Given, # what it begins with
 ) -> Outcome:
     "Train as the settings say, one request after the other."
-    options, requests = cell.options, requested(cell, given)
     model = copy.deepcopy(given.original)
-    model, pool, thresholds = add_lora(model) if cell.method == "eul" else model, pool_of(options, given), goal_of(options, given)
-    every_epoch = options["refinement"] != "none" or options["watch"] or options["samples"]
-    config = ICUConfig(lr=options["lr"], batch_size=options["batch_size"], max_epochs=options["max_epochs"], seed=cell.seed, seq_len=options["seq_len"], n_neighbors=options["k"],
-                       max_overlap=options["max_overlap"], stop=options["stop"], check_every=1 if every_epoch else options["max_epochs"], num_beams=2 if options["refinement"] == "published" or options["samples"] else 1)
-    histories, samples, pairs, first = [], [], [], 0
-    for number, part in enumerate(np.array_split(np.array(requests, dtype=object), options["batches"]), start=1):
-        noted, refinement = [], REFINEMENTS[options["refinement"]]
-        look = lambda: {f"ppl_{kind}": value for kind, value in perplexities(model, given, options, given.pairs, options["watch"]).items()}
-        result = unlearn(model, given.tokenizer, list(part), pool, dataclasses.replace(config, check_steps=max(1, len(part)//(4*config.batch_size)) if options["goal"] else None),
-                         objective=get_objective(cell.method, **options["loss"]), thresholds=thresholds, alternatives=alternatives_for(cell, given, len(part)),
-                         refinement=watched(refinement, look, noted) if options["watch"] else refinement, embedder=embedder_of(options, given),
-                         encoder=find_encoder(options["encoder"]) if options["encoder"] else None)
-        if result.stop_reason == "interrupted":
-            raise KeyboardInterrupt
-        history = result.history.assign(request=number)
-        if noted:
-            history = history.join(pd.DataFrame(noted, index=history.index[history.ma.notna()]))
-        histories.append(history)
-        samples.append(result.samples.assign(id=result.samples["id"] + first))
-        pairs.append(result.pairs)
-        first += len(part)
-    history = pd.concat(histories, ignore_index=True)
-    return Outcome(model, int(history.groupby("request").epoch.max().sum()), result.stop_reason, np.concatenate(pairs), history, pd.concat(samples, ignore_index=True))
+    model = add_lora(model) if cell.method == "eul" else model
+    parts = np.array_split(np.array(requested(cell, given), dtype=object), cell.options["batches"])
+    results = [unlearn_request(model, cell, given, list(part)) for part in parts]
+    history = pd.concat([result.history.assign(request=number) for number, result in enumerate(results, start=1)], ignore_index=True)
+    samples = pd.concat([result.samples.assign(id=result.samples["id"] + first) for result, first in zip(results, np.cumsum([0, *map(len, parts)]))], ignore_index=True)
+    return Outcome(model, int(history.groupby("request").epoch.max().sum()), results[-1].stop_reason, np.concatenate([result.pairs for result in results]), history, samples)
 
 # %% ../nbs/10a_one_run.ipynb #10a00025
 def walked_back(
