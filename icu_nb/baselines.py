@@ -353,8 +353,9 @@ def retrain(
 ): # the same model
     "Train again without the forget texts: what unlearning is measured against."
     to_forget = set(forget)
+    absent = to_forget.difference(texts)
+    require(not absent, "forget", f"{len(absent)} of {len(to_forget)} texts do not stand in `texts` and could not be left out", "Give the training texts as they were trained on")
     kept = [text for text in texts if text not in to_forget]
-    require(len(kept) < len(texts), "forget", "none of these texts stands in `texts`", "Give the training texts as they were trained on")
     memorize(model, tokenizer, [], kept, **recipe)
     return model.eval()
 
