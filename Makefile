@@ -74,7 +74,7 @@ test: .venv/.dev  ## pytest, and every notebook in nbs/
 test-all: .venv/.dev  ## the same with the long tests, and all notebooks of colab-test
 	$(TEST)
 
-colab-test: .venv/.dev  ## every notebook from 00 to 07, as Colab would run it: alone, in a fresh environment
+colab-test: .venv/.dev  ## every notebook from 00 to 10, as Colab would run it: alone, in a fresh environment
 	$(PY) -m pytest tests/test_colab.py --durations=15
 
 lab: .venv/.nb  ## JupyterLab on nbs/

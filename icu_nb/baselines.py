@@ -333,7 +333,7 @@ OBJECTIVES = {
 
 def get_objective(
     name: str, # of the method, in small letters
-    **settings, # of its loss; what is left out is as published
+    **settings, # of its loss; what is left out is as published (EUL's was not checked)
 ) -> Callable: # (model, batch, reference) -> named loss terms, for `unlearn(..., objective=)`
     "A method's objective by its name."
     require(name in OBJECTIVES, "name", f"{name!r} is not known", f"Known: {', '.join(OBJECTIVES)}")
@@ -353,8 +353,9 @@ def retrain(
 ): # the same model
     "Train again without the forget texts: what unlearning is measured against."
     to_forget = set(forget)
+    absent = to_forget.difference(texts)
+    require(not absent, "forget", f"{len(absent)} of {len(to_forget)} texts do not stand in `texts` and could not be left out", "Give the training texts as they were trained on")
     kept = [text for text in texts if text not in to_forget]
-    require(len(kept) < len(texts), "forget", "none of these texts stands in `texts`", "Give the training texts as they were trained on")
     memorize(model, tokenizer, [], kept, **recipe)
     return model.eval()
 
@@ -387,7 +388,7 @@ PUBLISHED = { # method: learning rate, texts per step, epochs, source
     "graddiff": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kl": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "llmu": (2e-6, 2, None, "arXiv 2310.10683, its code: 1,000 steps"),
     "po": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "dpo": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "eul": (None, None, None, "arXiv 2310.20150: not looked up"),
     "npo": (1e-5, 32, 10, "arXiv 2404.05868, its code"), "simnpo": (1e-5, 32, 10, "open-unlearning"), "rmu": (5e-5, 4, None, "arXiv 2403.03218, its code: 150 steps"),
-    "undial": (1e-4, 16, 10, "open-unlearning; with LoRA"), "wga": (1e-5, 16, None, "open-unlearning"), "satimp": (1e-5, 16, 5, "open-unlearning"),
+    "undial": (1e-4, 16, 10, "open-unlearning; with LoRA"), "wga": (1e-5, 16, 5, "open-unlearning"), "satimp": (1e-5, 16, 5, "open-unlearning"),
     "task vector": (1e-5, 32, 5, "arXiv 2212.04089, GPT-2")}
 
 

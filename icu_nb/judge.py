@@ -107,7 +107,7 @@ class LocalJudge:
             prompt = self.tokenizer.apply_chat_template([{"role": "system", "content": instructions}, {"role": "user", "content": message}], add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
             prompt = self.tokenizer(f"{instructions}\n\n{message}\n\n")["input_ids"]
-        require(len(prompt) + self.max_tokens <= context_length(self.model), "model", f"{len(prompt)} tokens and an answer of {self.max_tokens} do not fit its context", "Use a model with a longer context")
+        require(len(prompt) + self.max_tokens <= context_length(self.model), "model", f"{len(prompt)} tokens and an answer of {self.max_tokens} do not fit its context of {context_length(self.model)}", "Use a model with a longer context")
         with evaluating(self.model):
             said, = continuations(self.model, [prompt], [self.max_tokens], pad_token_id=pad_id(self.tokenizer), num_beams=1)
         end = self.tokenizer.eos_token_id

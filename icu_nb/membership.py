@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMBERSHIP', 'ENOUGH', 'log_probabilities', 'Evidence', 'usable_length', 'token_evidence', 'gradient_norms', 'lowest',
-           'membership_scores', 'both_groups', 'wins', 'auc', 'roc', 'redraws', 'auc_interval', 'priv_leak',
-           'forget_quality', 'ks_power']
+           'membership_scores', 'both_groups', 'wins', 'auc', 'roc', 'redraws', 'redrawn_aucs', 'auc_interval',
+           'priv_leak', 'priv_leak_interval', 'forget_quality', 'ks_power']
 
 # %% ../nbs/09d_membership.ipynb #09d00004
 import math, zlib
@@ -177,6 +177,14 @@ def redraws(
     return np.random.default_rng(seed).multinomial(n, [1/n]*n, size=draws)/n
 
 
+def redrawn_aucs(
+    pairs: np.ndarray, # [n, m] from `wins`
+    seed: int=0, # of the bootstrap
+) -> np.ndarray: # [draws]
+    "The AUC in each bootstrap sample of both groups; the same samples for the same sizes and seed."
+    return ((redraws(len(pairs), seed=seed) @ pairs)*redraws(pairs.shape[1], seed=seed + 1)).sum(1)
+
+
 def auc_interval(
     members: Sequence[float], # [n] scores of the forget texts
     others: Sequence[float], # [m] scores of the held-out texts
@@ -184,8 +192,7 @@ def auc_interval(
 ) -> tuple[float, float, float]: # the AUC, and the ends of its 95 % interval
     "An AUC and what chance makes of it."
     pairs = wins(*both_groups(members, others))
-    redrawn = ((redraws(len(pairs), seed=seed) @ pairs)*redraws(pairs.shape[1], seed=seed + 1)).sum(1)
-    return float(pairs.mean()), *map(float, np.quantile(redrawn, [0.025, 0.975]))
+    return float(pairs.mean()), *map(float, np.quantile(redrawn_aucs(pairs, seed), [0.025, 0.975]))
 
 # %% ../nbs/09d_membership.ipynb #09d00029
 def priv_leak(
@@ -196,7 +203,19 @@ def priv_leak(
     for name, value in (("unlearned", unlearned), ("retrained", retrained)):
         require_number(name, value, high=1.0)
     require(retrained < 1, "retrained", "its AUC is 1: it knows the forget texts", "Retrain without them")
-    return 100*((1 - unlearned) - (1 - retrained))/(1 - retrained)
+    return 100*(retrained - unlearned)/(1 - retrained)
+
+
+def priv_leak_interval(
+    unlearned: tuple[Sequence[float], Sequence[float]], # min-k % scores of the forget and of the held-out texts, by the unlearned model
+    retrained: tuple[Sequence[float], Sequence[float]], # the same texts' by the retrained model
+    seed: int=0, # of the bootstrap
+) -> tuple[float, float, float]: # PrivLeak in percent, and the ends of its 95 % interval
+    "PrivLeak and what chance makes of it: both models are judged on the same redrawn texts."
+    pairs = [wins(*both_groups(*scores)) for scores in (unlearned, retrained)]
+    ours, theirs = (redrawn_aucs(part, seed) for part in pairs)
+    low, high = np.quantile(100*(theirs - ours)/np.maximum(1 - theirs, 1e-9), [0.025, 0.975])
+    return priv_leak(*(float(part.mean()) for part in pairs)), float(low), float(high)
 
 # %% ../nbs/09d_membership.ipynb #09d00032
 def forget_quality(

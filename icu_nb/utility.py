@@ -33,22 +33,24 @@ def find_facts(
 
 # %% ../nbs/09_utility.ipynb #09000010
 def people_questions(
-    records: list[str], # about whom
-    others: list[str], # records in which the wrong answers stand
+    records: list[str], # about whom; the wrong answers are those of the others among them
     fields: tuple[str, ...]=("company", "city"), # what is asked about each
     n_choices: int=4, # the right answer included
     seed: int=0, # draws the wrong answers and the order
 ) -> list[dict]: # per question: context, choices, answer (the index of the right choice)
     "Who works where, who lives in which city: a record up to the fact, and how it might go on."
     rng, questions = random.Random(seed), []
-    pools = {field: sorted({find_facts(record)[field] for record in [*records, *others]}) for field in fields}
-    for record in records:
-        found = find_facts(record)
+    found = [find_facts(record) for record in records]
+    for field in fields:
+        different = len({facts[field] for facts in found})
+        require(different >= n_choices, "records", f"they have {different} different answers about {field}, for {n_choices} choices", "Give more people, or ask for fewer choices")
+    for record, facts in zip(records, found):
         for field in fields:
-            truth = found[field]
-            choices = rng.sample([value for value in pools[field] if value != truth], n_choices - 1)
+            truth = facts[field]
+            drawn = (other[field] for other in rng.sample(found, len(found))) # as often as they occur: a frequent answer is no hint
+            choices = [value for value in dict.fromkeys(drawn) if value != truth][:n_choices - 1]
             answer = rng.randrange(n_choices)
-            questions.append({"context": record[:found.start(field)].rstrip(), "choices": [*choices[:answer], truth, *choices[answer:]], "answer": answer})
+            questions.append({"context": record[:facts.start(field)].rstrip(), "choices": [*choices[:answer], truth, *choices[answer:]], "answer": answer})
     return questions
 
 # %% ../nbs/09_utility.ipynb #09000013
@@ -56,9 +58,8 @@ def people_tasks(
     corpus: Corpus, # from `people_corpus`
 ) -> dict[str, list[dict]]: # task -> questions
     "The questions about people to forget, to retain, and held out: three tasks of (nearly) the same size."
-    everybody = corpus.forget + corpus.retain + corpus.heldout
     groups = {"people_forget": corpus.forget, "people_retain": corpus.retain[:len(corpus.forget)], "people_heldout": corpus.heldout}
-    return {name: people_questions(records, everybody) for name, records in groups.items()}
+    return {name: people_questions(records) for name, records in groups.items()}
 
 # %% ../nbs/09_utility.ipynb #09000015
 def write_task(
@@ -353,10 +354,11 @@ def evaluate_utility(
     width = min(max_length or parts["max_length"], context_length(model))
     asked, averaged = (parts["tasks"], parts["average"]) if tasks is None else (tasks, list(tasks))
     found = evaluate_tasks(model, tokenizer, asked, limit=limit, max_length=width, batch_size=batch_size, cache=cache, data_dir=data_dir)
+    missing |= {f"{kind}_{name}": "there is no text" for kind, part in (("ppl", parts["texts"]), ("f1", parts["dialogues"])) for name, items in part.items() if items == []}
     missing |= found["missing"].dropna().add_prefix("acc_").to_dict()
     options = {"max_length": width, "batch_size": batch_size}
-    ppl = {f"ppl_{name}": texts and perplexity(model, tokenizer, texts[:limit], stride=width//2, **options) for name, texts in parts["texts"].items()}
-    f1 = {f"f1_{name}": turns and dialogue_scores(model, tokenizer, turns[:limit], **options)["f1"].mean() for name, turns in parts["dialogues"].items()}
+    ppl = {f"ppl_{name}": perplexity(model, tokenizer, texts[:limit], stride=width//2, **options) if texts else math.nan for name, texts in parts["texts"].items()}
+    f1 = {f"f1_{name}": dialogue_scores(model, tokenizer, turns[:limit], **options)["f1"].mean() if turns else math.nan for name, turns in parts["dialogues"].items()}
     averages = {"classification": found["accuracy"][averaged].mean(skipna=False)}
     if f1:
         averages["dialogue"] = pd.Series(f1, dtype=float).mean(skipna=False)

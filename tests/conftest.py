@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -11,6 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from icu_nb.data import Sequences, people, tokenize
 from icu_nb.models import memorize, tiny_gpt_neo, train_tokenizer
 from icu_nb.unlearn import ICUConfig
+
+settings.register_profile("icu_nb", deadline=None)  # how long a case takes depends on what else the machine does
+settings.load_profile("icu_nb")
 
 SEQ_LEN = 48
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from icu_nb.core import InputError
 from icu_nb.data import Sequences
 from icu_nb.membership import (MEMBERSHIP, Evidence, auc, auc_interval, forget_quality, gradient_norms, ks_power, log_probabilities, lowest,
-                               membership_scores, priv_leak, redraws, roc, token_evidence, usable_length)
+                               membership_scores, priv_leak, priv_leak_interval, redraws, roc, token_evidence, usable_length)
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=10, max_size=30)  # integers: ties happen
 
@@ -141,6 +141,18 @@ def test_priv_leak_by_hand_and_its_limits():
         priv_leak(0.5, 1.0)
     with pytest.raises(InputError, match="`unlearned`"):
         priv_leak(1.5, 0.5)
+
+
+def test_priv_leak_interval_redraws_the_same_texts_for_both_models():
+    """Against a loop that draws texts; a model against itself is at 0 in every sample."""
+    rng = np.random.default_rng(0)
+    ours, theirs = [(rng.normal(0.4, 1, 30), rng.normal(0, 1, 40)) for _ in range(2)]
+    value, low, high = priv_leak_interval(ours, theirs, seed=3)
+    assert value == pytest.approx(priv_leak(auc(*ours), auc(*theirs))) and low < value < high
+    n, m = (np.rint(redraws(size, seed=seed)*size).astype(int) for size, seed in ((30, 3), (40, 4)))
+    looped = [priv_leak(*(auc(np.repeat(a, k), np.repeat(b, l)) for a, b in (ours, theirs))) for k, l in zip(n, m)]
+    assert (low, high) == pytest.approx(tuple(np.quantile(looped, [0.025, 0.975])))
+    assert priv_leak_interval(ours, ours) == pytest.approx((0, 0, 0))
 
 
 def test_forget_quality_is_scipys_test():

@@ -148,7 +148,7 @@ def test_dropout_is_off_while_measuring_and_the_mode_is_put_back():
     assert all(ma.equal(expected[0]) and el.equal(expected[1]) for ma, el in again)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.integers(3, VOCAB - 1), min_size=8, max_size=CONTEXT), min_size=1, max_size=5), st.integers(1, 2), st.sampled_from([None, 1, 3]),
        st.integers(1, 6), st.randoms(use_true_random=False))
 def test_properties(rows, n, start, batch_size, shuffler):
@@ -169,7 +169,7 @@ class Perfect(torch.nn.Module):
         return type("Output", (), {"logits": torch.nn.functional.one_hot((input_ids + 1) % VOCAB, VOCAB).double(), "past_key_values": None})()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(12, 28), min_size=1, max_size=4), st.sampled_from([None, 1, 2]), st.integers(1, 3))
 def test_a_perfect_model_scores_one(lengths, start, n):
     batch = pad([[k % VOCAB for k in range(length)] for length in lengths])
@@ -212,7 +212,7 @@ def bleu4(said, truth):
     return min(1, math.exp(1 - len(truth)/len(said))) * math.prod(shares)**0.25
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from("Aa b c".split()), max_size=12), st.lists(st.sampled_from("a B c".split()), min_size=1, max_size=12))
 def test_bleu(said, truth):
     said, truth = " ".join(said), " ".join(truth)

@@ -89,6 +89,12 @@ def test_relearning_learns_what_is_shown_and_changes_a_copy(tiny):
     pd.testing.assert_frame_equal(table, again)
 
 
+@pytest.mark.parametrize("looks", [(), (-1, 4)])
+def test_looks_without_a_step_are_refused(tiny, looks):
+    with pytest.raises(InputError, match="`looks`"):
+        relearn(tiny.model, tiny.tokenizer, tiny.forget, tiny.forget, looks=looks)
+
+
 def test_the_interval_of_a_share_does_not_collapse():
     """The rule of three: 0 of 64 is compatible with about 3.7/64 (two-sided)."""
     row = mean_row("a", "b", [0]*64)
@@ -112,7 +118,9 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
     assert list(table) == COLUMNS and list(dict.fromkeys(table.attack)) == list(ATTACKS)
     assert not table.duplicated(["attack", "metric"]).any() and table.value.notna().all()
     bounded = table.dropna(subset=["low"])
-    assert ((bounded.low <= bounded.value + 1e-9) & (bounded.value <= bounded.high + 1e-9)).all() and bounded.low.ge(0).all() and bounded.high.le(1).all()
+    assert ((bounded.low <= bounded.value + 1e-9) & (bounded.value <= bounded.high + 1e-9)).all()
+    shares = bounded[bounded.metric != "PrivLeak"]
+    assert shares.low.ge(0).all() and shares.high.le(1).all() and len(shares) == len(bounded) - 1
     value = table.set_index("metric").value
     assert value["MA"] > 0.7 and value["AUC loss"] > 0.6 and value["PrivLeak"] < 0
     assert value["MA"] == pytest.approx(memorization_accuracy(model, **vars(tokenize(forget, tiny.tokenizer, 48))).mean().item())

@@ -5,6 +5,7 @@ import math
 import random
 import socket
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -97,16 +98,31 @@ def test_facts_are_those_the_record_was_made_of():
 
 
 def test_a_question_has_one_right_answer_and_others_that_are_wrong(corpus):
-    everybody = corpus.forget + corpus.retain + corpus.heldout
-    questions = people_questions(corpus.forget, everybody, seed=4)
+    questions = people_questions(corpus.forget, seed=4)
     for record, (company, city) in zip(corpus.forget, zip(questions[::2], questions[1::2])):
         for field, question in (("company", company), ("city", city)):
             truth, choices = find_facts(record)[field], question["choices"]
             assert len({*choices}) == 4 and choices[question["answer"]] == truth
             assert record.startswith(f"{question['context']} {truth}")
-            assert all(any(find_facts(other)[field] == choice for other in everybody) for choice in choices)
+            assert all(any(find_facts(other)[field] == choice for other in corpus.forget) for choice in choices)
     assert {question["answer"] for question in questions} == {0, 1, 2, 3}
-    assert questions == people_questions(corpus.forget, everybody, seed=4) != people_questions(corpus.forget, everybody, seed=5)
+    assert questions == people_questions(corpus.forget, seed=4) != people_questions(corpus.forget, seed=5)
+
+
+def test_a_frequent_answer_is_no_hint():
+    """Who knows nothing but how often each name occurs is right one time in four (a bound of four deviations)."""
+    right, questions = 0, []
+    for seed in range(6):
+        records = people(64, seed=seed)
+        seen = Counter(find_facts(record)[field] for record in records for field in ("company", "city"))
+        questions += (asked := people_questions(records))
+        right += sum(max(q["choices"], key=seen.__getitem__) == q["choices"][q["answer"]] for q in asked)
+    assert abs(right/len(questions) - 0.25) < 4*(0.25*0.75/len(questions))**0.5
+
+
+def test_too_few_different_answers():
+    with pytest.raises(InputError, match="`records`: they have 1 different answers about company, for 4 choices"):
+        people_questions(people(1))
 
 
 def test_groups_are_asked_apart(corpus):
@@ -118,7 +134,7 @@ def test_groups_are_asked_apart(corpus):
 
 def test_a_record_of_no_template():
     with pytest.raises(InputError, match="`record`"):
-        people_questions(["Ann lives in Leeds."], people(5))
+        people_questions(["Ann lives in Leeds.", *people(5)])
 
 
 # ---- tasks ----
