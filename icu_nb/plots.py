@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GROUP', 'METHODS', 'STYLES', 'KINDS', 'MEASURES', 'HOLLOW', 'LINE', 'LEFT', 'ATTACK_NAMES', 'STAGES', 'BOXES',
            'WIDTH', 'HEIGHT', 'ARROWS', 'NOTES', 'NOTE', 'NEAR_AND_FAR', 'FIGURES', 'multiplies', 'interval',
-           'check_rows', 'summarize', 'in_words', 'results_table', 'holm', 'paired', 'significance', 'read_published',
-           'beside_published', 'measure_name', 'finish', 'alt_text', 'dot_axes', 'draw_dots', 'plain_ticks',
-           'plot_methods', 'listed', 'plot_relative', 'plot_ablation', 'plot_sensitivity', 'plot_rates', 'draw_curve',
-           'same_words', 'lines_of', 'plot_case_study', 'plot_neighbors', 'plot_thresholds', 'plot_deciders',
-           'pareto_front', 'fronts', 'plot_tradeoff', 'plot_requests', 'plot_limits', 'plot_architectures',
-           'plot_framework', 'each', 'Recipe', 'read_tables', 'draw_figure', 'main']
+           'check_rows', 'summarize', 'in_words', 'pool_draws', 'results_table', 'holm', 'paired', 'significance',
+           'read_published', 'beside_published', 'measure_name', 'axis_name', 'finish', 'legend_below', 'alt_text',
+           'dot_axes', 'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative', 'plot_ablation',
+           'plot_sensitivity', 'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'plot_case_study',
+           'plot_neighbors', 'plot_thresholds', 'plot_deciders', 'pareto_front', 'fronts', 'plot_tradeoff',
+           'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework', 'each', 'Recipe', 'read_tables',
+           'draw_figure', 'main']
 
 # %% ../nbs/12_plots.ipynb #12000004
 import argparse, difflib, math, sys, textwrap
@@ -23,6 +24,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 from .core import COLORS, ICUError, InputError, require, save_figure, set_figure_style
 
@@ -55,13 +57,13 @@ GROUP = ["profile", "data", "model", "label"] # what a line of a table is about
 def check_rows(
     rows: pd.DataFrame, # of one experiment
     columns: Sequence[str], # that are needed
-    one: Sequence[str]=(), # columns in which all rows must agree
+    one: Sequence[str]=(), # columns in which all rows of a seed must agree
 ) -> None:
     "Refuse rows that a figure would misrepresent."
     require(len(rows) > 0, "rows", "there are none", "Run the experiment first: python -m icu_nb.experiments run NAME")
     missing = [column for column in columns if column not in rows]
     require(not missing, "rows", f"they have no column {', '.join(missing)}", f"They have: {', '.join(rows)}")
-    mixed = [column for column in one if column in rows and rows[column].nunique() > 1]
+    mixed = [column for column in one if column in rows and rows.groupby("seed")[column].nunique().max() > 1] # seeds may be draws of the data
     require(not mixed, "rows", f"they mix several kinds of {', '.join(mixed)}", f"Choose one, for example rows[rows.{mixed[0]} == {rows[mixed[0]].iloc[0]!r}]" if mixed else "")
 
 
@@ -88,11 +90,20 @@ def in_words(
     return "not run" if math.isnan(mean) else f"{mean:.3g}" if math.isnan(low) else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
+def pool_draws(
+    rows: pd.DataFrame, # of one experiment
+) -> pd.DataFrame: # pile0, pile1, ... become pile where each seed has one of them
+    "At large sizes a seed is also a draw of the data; such draws are one group."
+    same = rows.groupby(["profile", "model"]).data.transform(lambda data: rows.loc[data.index].groupby("seed").data.nunique().max() == 1)
+    return rows.assign(data=rows.data.where(~same.astype(bool), rows.data.str.rstrip("0123456789")))
+
+
 def results_table(
     rows: pd.DataFrame, # one per label and seed
     columns: Sequence[str], # measures
 ) -> pd.DataFrame: # strings: mean [95 % interval]; and the number of seeds
     "Means and 95 % intervals over seeds, to be read."
+    rows = pool_draws(rows)
     found = summarize(rows, columns, GROUP)
     table = found.assign(shown=[in_words(*numbers) for numbers in found[["mean", "low", "high"]].to_numpy()]).pivot_table(index=GROUP, columns="column", values="shown", aggfunc="first", sort=False)[list(columns)]
     seeds = rows.groupby(GROUP, sort=False).seed.nunique()
@@ -159,7 +170,7 @@ def beside_published(
     "Published values, and ours beside them."
     def said(line) -> str:
         return f"{line.low:g}" if line.high == line.low else f"over {line.low:g}" if math.isnan(line.high) else f"{line.low:g} to {line.high:g}"
-    ours = summarize(rows, [column for column in published.column.unique() if column in rows], GROUP)
+    ours = summarize(pool_draws(rows), [column for column in published.column.unique() if column in rows], GROUP)
     lines = []
     for line in published.itertuples():
         mine = ours[(ours.column == line.column) & (ours.label == line.label)]
@@ -172,26 +183,36 @@ def beside_published(
 # %% ../nbs/12_plots.ipynb #12000021
 METHODS = { # a row's method: label, color, marker
     "original": ("original", COLORS["original"], "s"), "retrained": ("retrained", COLORS["retrained"], "D"), "random weights": ("random weights", "#000000", "X"),
-    "icu": ("ICU", COLORS["ICU"], "o"), "ga": ("gradient ascent", COLORS["gradient ascent"], "v"), "kumpr": ("KUMPR", "#7F3700", "<"), "graddiff": ("GradDiff", "#E69F00", "P"),
-    "kl": ("KL", "#56B4E9", "X"), "llmu": ("LLMU", "#332288", "p"), "po": ("PO", "#999933", "*"), "dpo": ("DPO", "#AA4499", "h"), "eul": ("EUL", "#44AA99", "8"), "npo": ("NPO", "#CC79A7", "^"),
-    "simnpo": ("SimNPO", "#CC6677", ">"), "rmu": ("RMU", "#B8A038", "d"), "undial": ("UNDIAL", "#661100", "s"), "wga": ("WGA", "#882255", "H"), "satimp": ("SatImp", "#117733", "D"),
-    "task vector": ("task vector", "#555555", "P")}
+    "icu": ("ICU", COLORS["ICU"], "o"), "ga": ("gradient ascent", COLORS["gradient ascent"], "v"), "kumpr": ("KUMPR", "#7F3700", "d"), "graddiff": ("GradDiff", "#E69F00", ">"),
+    "kl": ("KL", "#56B4E9", "<"), "llmu": ("LLMU", "#332288", "p"), "po": ("PO", "#999933", "p"), "dpo": ("DPO", "#AA4499", "h"), "eul": ("EUL", "#44AA99", "8"), "npo": ("NPO", "#CC79A7", "^"),
+    "simnpo": ("SimNPO", "#CC6677", "^"), "rmu": ("RMU", "#B8A038", "d"), "undial": ("UNDIAL", "#661100", "s"), "wga": ("WGA", "#882255", "H"), "satimp": ("SatImp", "#117733", "D"),
+    "task vector": ("task vector", "#555555", "8")}
 STYLES = {label: (color, marker) for label, color, marker in METHODS.values()}
 KINDS = { # a row's perplexities: what is read, color, marker
-    "ppl_neighbors": ("neighbors", COLORS["neighbors"], "o"), "ppl_retain": ("other retained", "#333333", "s"), "ppl_heldout": ("held-out", COLORS["held-out"], "^"), "ppl_general": ("general text", COLORS["general"], "D"),
-    "ppl_wikitext": ("WikiText", "#117733", "v"), "ppl_pile": ("Pile", "#882255", "P")}
+    "ppl_neighbors": ("neighbors", COLORS["neighbors"], "o"), "ppl_retain": ("other retained texts", "#333333", "s"), "ppl_heldout": ("held-out texts", COLORS["held-out"], "^"), "ppl_general": ("general text", COLORS["general"], "D"),
+    "ppl_wikitext": ("WikiText", "#117733", "v"), "ppl_pile": ("Pile", "#882255", "p")}
 MEASURES = { # a row's other columns
     "ma": "memorization accuracy", "el10": "extraction likelihood", "bleu": "BLEU", "bert_f1": "BERTScore F1", "entropy": "entropy (bits)", "distinct": "distinct tokens", "epochs": "epochs",
     "acc_forget": "accuracy, forgotten people", "acc_retain": "accuracy, retained people", "acc_heldout": "accuracy, held-out people", "classification": "classification accuracy", "dialogue": "dialogue F1", "judge": "judge (0 to 10)",
-    "seconds_train": "training (seconds)", "seconds_check": "checks (seconds)", "seconds_prepare": "preparing (seconds)", "seconds_evaluate": "evaluating (seconds)", "peak_memory_mb": "peak memory (MB)",
+    "seconds_train": "training time in seconds", "seconds_check": "time for checks in seconds", "seconds_prepare": "time to prepare in seconds", "seconds_evaluate": "time to evaluate in seconds", "peak_memory_mb": "peak memory in MB",
     "distance": "KL from retrained, forget texts (nats)", "distance_heldout": "KL from retrained, held-out texts (nats)"}
+
+
+HOLLOW = Line2D([], [], color="#333333", marker="o", markerfacecolor="white", linestyle="", label="hollow: forgot too little")
 
 
 def measure_name(
     column: str, # of a row
 ) -> str:
-    "What stands at an axis."
-    return f"perplexity, {KINDS[column][0]}" if column in KINDS else MEASURES.get(column, column.replace("_", " "))
+    "What a measure is called."
+    return f"perplexity on {KINDS[column][0]}" if column in KINDS else MEASURES.get(column, column.replace("_", " "))
+
+
+def axis_name(
+    column: str, # of a row
+) -> str:
+    "What stands at its axis."
+    return measure_name(column) + (", log scale" if multiplies(column) else "")
 
 
 def finish(
@@ -200,10 +221,22 @@ def finish(
     alt: str, # what the picture holds, for those who cannot see it
 ): # the same Axes
     "Title, wrapped to the width, and alternative text, kept as the Axes' label."
-    columns = ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1
-    ax.set_title(textwrap.fill(title, max(20, int(9.5*0.8*ax.figure.get_figwidth()/columns))))
+    title = title[:1].upper() + title[1:]
+    panels = ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1
+    names = 0.09*max((len(tick.get_text()) for tick in ax.get_yticklabels()), default=0) # inches
+    ax.set_title(textwrap.fill(title, max(24, int(9.5*(ax.figure.get_figwidth() - names - 0.3)/panels))))
     ax.set_label(f"{title}. {alt}")
     return ax
+
+
+def legend_below(
+    ax, # an Axes with labeled artists
+    hollow: bool=False, # whether a marker may be hollow
+) -> None:
+    "A legend under the axis' name."
+    below = ax.transAxes + ScaledTranslation(0, -0.62, ax.figure.dpi_scale_trans) # inches
+    handles = [*ax.get_legend_handles_labels()[0], *([HOLLOW] if hollow else [])]
+    ax.legend(handles=handles, fontsize=9, ncols=3 if len(handles) == 3 else 2, loc="upper left", bbox_to_anchor=(-0.02, 0), bbox_transform=below, frameon=False, handletextpad=0.3, columnspacing=1.2, borderpad=0)
 
 
 def alt_text(
@@ -213,16 +246,13 @@ def alt_text(
     return " ".join(ax.get_label() for ax in fig.axes if ax.get_label() and not ax.get_label().startswith("<"))
 
 # %% ../nbs/12_plots.ipynb #12000023
-HOLLOW = Line2D([], [], color="#333333", marker="o", markerfacecolor="white", linestyle="", label="forgot too little")
-
-
 def dot_axes(
     ax, # an Axes, or None
     labels: Sequence[str], # from top to bottom
-    width: float=5.0, # inches, of a new figure
+    legend: bool=False, # whether there will be one
 ): # an Axes with a line per label
-    "Where dots go."
-    ax = ax or plt.subplots(figsize=(width, 1.2 + 0.27*len(labels)))[1]
+    "Where dots go; a new figure is as wide as its labels need."
+    ax = ax or plt.subplots(figsize=(4.2 + 0.07*max(map(len, labels)), 1.2 + 0.6*legend + 0.27*len(labels)))[1]
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
@@ -284,10 +314,11 @@ def plot_methods(
     draw_dots(ax, found, range(len(found)), [METHODS[method][1:] for method in found.method], multiplies(column))
     if "retrained" in set(order):
         ax.axvline(found.set_index("label")["mean"]["retrained"], color=COLORS["retrained"], linewidth=1, linestyle="--", zorder=1)
-    ax.set_xlabel(measure_name(column) + (" (log scale)" if multiplies(column) else ""))
+    ax.set_xlabel(axis_name(column))
     title = measure_name(column)
     if "ICU" in set(order):
-        tests = significance(rows[~rows.method.isin(["original", "retrained", "random weights"])], [column])
+        few = found.label[~found.reached]
+        tests = significance(rows[(rows.label == "ICU") | ~rows.method.isin(["original", "retrained", "random weights"]) & ~rows.label.isin(few)], [column])
         clear, one = tests[tests.p_holm < 0.05], math.log if multiplies(column) else float
         title += f": {sum(one(x) > 0 for x in clear.effect)} of {len(tests)} clearly over ICU, {sum(one(x) < 0 for x in clear.effect)} under"
     return finish(ax, title, f"A row per method, mean and 95 % interval: {listed(found)}.")
@@ -311,7 +342,7 @@ def plot_relative(
     tests = significance(rows, columns, base)
     reached = summarize(rows, columns[:1]).set_index("label").reached
     labels = [label for label in rows.label.unique() if label != base]
-    ax = dot_axes(ax, labels)
+    ax = dot_axes(ax, labels, legend=True)
     found = tests.rename(columns={"effect": "mean"}).assign(reached=tests.label.map(reached))
     for k, column in enumerate(columns):
         name, *style = KINDS[column]
@@ -322,10 +353,10 @@ def plot_relative(
         ax.axhline(y - 0.5, color="#dddddd", linewidth=0.7)
     ax.axvline(1, color="black", linewidth=0.9, zorder=1)
     ax.set_xlabel(f"perplexity, as a multiple of “{base}”")
-    ax.legend(handles=[*ax.get_legend_handles_labels()[0], HOLLOW], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.2)
+    legend_below(ax, hollow=True)
     clear = tests[tests.p_holm < 0.05]
     largest = clear.loc[np.log(clear.effect).abs().sort_values(ascending=False).index[:1]]
-    title = "No difference is clear on these seeds" if clear.empty else "; ".join(f"“{one.label}”: {KINDS[one.column][0]} pays {one.effect:.2g} times as much" for one in largest.itertuples())
+    title = "No difference is clear on these seeds" if clear.empty else "; ".join(f"“{one.label}”: {one.effect:.2g} times the perplexity on {KINDS[one.column][0]}" for one in largest.itertuples())
     return finish(ax, title, f"Multiples of {base}, mean and 95 % interval. " + " ".join(f"{KINDS[column][0]}: {listed(found[found.column == column])}." for column in columns))
 
 
@@ -374,18 +405,18 @@ def plot_rates(
     check_rows(rows, [*columns, "alpha", "beta", "lr"], ["profile", "data", "model"])
     several = rows.groupby(["alpha", "beta"]).lr.nunique().idxmax()
     found = summarize(rows[(rows.alpha == several[0]) & (rows.beta == several[1])], columns, ["lr"]).sort_values("lr")
-    ax = ax or plt.subplots(figsize=(5, 3.6))[1]
+    ax = ax or plt.subplots(figsize=(5, 4.1))[1]
     for column in columns:
         name, color, marker = KINDS[column]
         draw_curve(ax, found[found.column == column], "lr", color, marker, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="learning rate (log scale)", ylabel="perplexity (log scale)")
+    ax.set(xscale="log", yscale="log", xlabel="learning rate, log scale", ylabel="perplexity, log scale")
     ax.set_xlim(found.lr.min()/1.5, found.lr.max()*1.5)
     plain_ticks(ax.yaxis)
     ax.set_xticks(found.lr.unique(), [f"{lr:.0e}".replace("e-0", "e-") for lr in found.lr.unique()])
     ax.set_xticks([], minor=True)
-    ax.legend(handles=[*ax.get_legend_handles_labels()[0], HOLLOW], fontsize=8)
+    legend_below(ax, hollow=True)
     enough = found[found.reached & (found.column == columns[0])]
-    title = "No rate forgot enough on every seed" if enough.empty else f"Of the rates that forget enough, {enough.loc[enough['mean'].idxmin()].lr:g} costs {KINDS[columns[0]][0]} least"
+    title = "No rate forgot enough on every seed" if enough.empty else f"Of the rates that forget enough, {enough.loc[enough['mean'].idxmin()].lr:g} costs the {KINDS[columns[0]][0]} least"
     return finish(ax, title, " ".join(f"{KINDS[column][0]}: {listed(found[found.column == column].assign(label=lambda t: t.lr))}." for column in columns))
 
 
@@ -404,7 +435,7 @@ def draw_curve(
     ax.plot(few[x], few["mean"], marker, color=color, markerfacecolor="white", markeredgewidth=1.4, zorder=3)
 
 # %% ../nbs/12_plots.ipynb #12000036
-LINE, LEFT = 84, 24 # characters: of a line of text, and of what stands left of it
+LINE, LEFT = 78, 32 # characters: of a line of text, and of what stands left of it
 
 
 def same_words(
@@ -448,14 +479,14 @@ def plot_case_study(
             entries.append((label if number == 0 else "", f"{'' if len(group) == 1 else f'epoch {one.epoch}, '}MA {one.ma:.2f}", STYLES.get(label, ("black",))[0], one.continuation, truth))
     broken = [lines_of(said.split()) for _, _, _, said, _ in entries]
     total = sum(1.35 + 1.25*(len(lines) - 1) + 0.35*bool(entry[0]) for entry, lines in zip(entries, broken))
-    ax = ax or plt.subplots(figsize=(9, 0.45 + 0.165*total))[1]
-    ax.set(xlim=(0, LEFT + LINE), ylim=(total + 0.3, -0.7))
+    ax = ax or plt.figure(figsize=(8.2, 0.45 + 0.165*total), layout="none").add_axes((0, 0, 1, 1 - 0.4/(0.45 + 0.165*total)))
+    ax.set(xlim=(0, LEFT + LINE), ylim=(total - 0.4, -0.7))
     ax.axis("off")
     y = 0.0
     for (label, note, color, said, true), lines in zip(entries, broken):
         y += 0.35*bool(label)
-        ax.text(0, y, label, color=color, fontsize=8.5, fontweight="bold", va="center")
-        ax.text(LEFT - 1, y, note, fontsize=7, va="center", ha="right", color="#444444")
+        ax.text(0, y, label, color=color, fontsize=9, fontweight="bold", va="center")
+        ax.text(LEFT - 1.5, y, note, fontsize=8, va="center", ha="right", color="#444444")
         words, equal = said.split(), same_words(true, said) if true is not None else [False]*len(said.split())
         for number, line in enumerate(lines):
             x = LEFT
@@ -463,7 +494,7 @@ def plot_case_study(
                 if equal[i]:
                     joined = i + 1 in line and equal[i + 1]
                     ax.add_patch(Rectangle((x - 0.15, y - 0.58), len(words[i]) + 0.3 + 0.9*joined, 1.16, facecolor="#cfe3f3", linewidth=0, zorder=1))
-                ax.text(x, y, words[i], fontfamily="DejaVu Sans Mono", fontsize=7.4, va="center", color="black" if equal[i] or true is None else "#777777", zorder=2)
+                ax.text(x, y, words[i], fontfamily="DejaVu Sans Mono", fontsize=8.8, va="center", color="black" if equal[i] or true is None else "#777777", zorder=2)
                 x += len(words[i]) + 1
             y += 1.25 if number < len(lines) - 1 else 1.35
     shares = {label: np.mean(same_words(truth, group.continuation.iloc[-1])) for label, group in here.groupby("label", sort=False) if group.continuation.iloc[-1].split()}
@@ -489,15 +520,15 @@ def plot_thresholds(
     "Where each rule ends, in the order of the rows."
     check_rows(rows, [column, "threshold_ma"], ["profile", "data", "model"])
     found = summarize(rows, [column])
-    ax = dot_axes(ax, found.label, 6)
+    ax = dot_axes(ax, found.label)
     draw_dots(ax, found, range(len(found)), [METHODS[method][1:] for method in found.method], multiplies(column))
     if column == "ma":
         goals = rows.groupby("label", sort=False).threshold_ma.mean()
         ax.vlines(goals, np.arange(len(goals)) - 0.32, np.arange(len(goals)) + 0.32, color="black", linewidth=1.6, zorder=4)
         ax.set_xlim(0, 1)
-    ax.set_xlabel(measure_name(column) + (" (log scale)" if multiplies(column) else ""))
+    ax.set_xlabel(axis_name(column))
     ends = found.dropna(subset="mean").sort_values("mean").iloc[[0, -1]]
-    title = f"{measure_name(column)} ends between {ends['mean'].iloc[0]:.2g} ({ends.label.iloc[0]}) and {ends['mean'].iloc[1]:.2g} ({ends.label.iloc[1]})"
+    title = f"{measure_name(column)} ends between {ends['mean'].iloc[0]:.2g} and {ends['mean'].iloc[1]:.2g}"
     return finish(ax, title, f"Mean and 95 % interval per rule: {listed(found)}.")
 
 
@@ -510,14 +541,14 @@ def plot_deciders(
     check_rows(rows, list(parts), ["profile", "data", "model"])
     shares = rows.dropna(subset=list(parts), how="all").groupby("label", sort=False)[list(parts)].mean()
     require(len(shares) > 0, "rows", "nobody decided by BLEU or BERTScore", "Give rows with the published rule")
-    ax, left = dot_axes(ax, shares.index, 6), np.zeros(len(shares))
+    ax, left = dot_axes(ax, shares.index, legend=True), np.zeros(len(shares))
     for column, (name, color, hatch) in parts.items():
         ax.barh(range(len(shares)), shares[column], left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0, label=name)
         left = left + shares[column].fillna(0).to_numpy()
     ax.set(xlim=(0, 1), xlabel="share of all looks at a text")
-    ax.legend(fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(-0.02, -0.18), frameon=False)
+    legend_below(ax)
     means = shares.mean()
-    title = f"BLEU alone calls it forgotten in {means.only_bleu:.0%} of all looks, BERTScore alone in {means.only_bert:.0%}"
+    title = f"“Forgotten” says BLEU alone in {means.only_bleu:.0%} of all looks, BERTScore alone in {means.only_bert:.0%}"
     return finish(ax, title, "; ".join(f"{label}: " + ", ".join(f"{name} {shares[column][label]:.0%}" for column, (name, _, _) in parts.items()) for label in shares.index) + ".")
 
 # %% ../nbs/12_plots.ipynb #12000045
@@ -568,8 +599,8 @@ def plot_tradeoff(
             ax.errorbar(x, y, [[y - ys[0]], [ys[1] - y]], color=color, marker=marker, markersize=8, markeredgecolor="black", linestyle="", elinewidth=1.4, zorder=6, label=label)
             alt.append(f"{label} {y:.3g} at MA {x:.2f}")
     shown = pd.concat([found["mean"].dropna(), summarize(rows, [column])["mean"][lambda means: means.notna()]])
-    ax.set(yscale="log", xlim=(1.02, max(0, found.dropna(subset="mean").level.min() - 0.02)), xlabel="MA of the forget texts (forgetting →)", ylabel=f"{measure_name(column)} (log scale)")
-    ax.set_ylim(found["mean"].min()/1.5, min(found["mean"].max()*1.3, 1000*found["mean"].min()))
+    ax.set(yscale="log", xlim=(1.02, max(0, found.dropna(subset="mean").level.min() - 0.02)), xlabel="MA of the forget texts (forgetting →)", ylabel=axis_name(column))
+    ax.set_ylim(shown.min()/1.4, min(shown.max()*1.4, 1000*shown.min()))
     plain_ticks(ax.yaxis)
     title = f"What forgetting costs: {measure_name(column)}"
     if "retrained" in set(rows.label):
@@ -599,12 +630,12 @@ def plot_requests(
             ax.plot(batches.requests*1.12, batches["mean"], "*", color=color, markersize=10, markerfacecolor="white", label=f"{label}, {number:g} batches")
             ax.vlines(batches.requests*1.12, batches.low, batches.high, color=color, linewidth=1)
         change = once["mean"].iloc[-1]/once["mean"].iloc[0]
-        growth.append(f"{change:.2g} times with {label}")
+        growth.append(f"times {change:.2g} with {label}")
     original = rows[rows.label == "original"]
     if multiplies(column) and column.startswith("ppl") and len(original):
         ax.axhline(interval(original[column], True)[0], color=COLORS["original"], linestyle="--", linewidth=1.4, zorder=1)
     counts = sorted(found.requests.unique())
-    ax.set(xscale="log", xlabel="requests (log scale)", ylabel=measure_name(column) + (" (log scale)" if multiplies(column) else ""))
+    ax.set(xscale="log", xlabel="requests, log scale", ylabel=axis_name(column))
     ax.set_xticks(counts, [f"{n:g}" for n in counts])
     ax.set_xticks([], minor=True)
     if multiplies(column):
@@ -629,7 +660,7 @@ def plot_limits(
     require(len(columns) > 0, "rows", "no attack was measured", "Give rows of the experiment limits")
     check_rows(rows, columns, ["profile", "data", "model"])
     found, labels = summarize(rows, columns), list(rows.label.unique())
-    ax = dot_axes(ax, [ATTACK_NAMES[column] for column in columns], 7)
+    ax = dot_axes(ax, [ATTACK_NAMES[column] for column in columns], legend=True)
     for k, label in enumerate(labels):
         one = found[found.label == label].assign(reached=True)
         ys = np.arange(len(columns)) + 0.7*((k + 0.5)/len(labels) - 0.5)
@@ -639,7 +670,7 @@ def plot_limits(
     for y in range(1, len(columns)):
         ax.axhline(y - 0.5, color="#dddddd", linewidth=0.7)
     ax.set(xlim=(-0.02, 1.02), xlabel="0: nothing, 1: everything")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.2)
+    legend_below(ax)
     means = found.pivot(index="label", columns="column", values="mean")
     known = {"ma", "relearned_ma"} <= set(columns) and {"ICU", "retrained"} <= set(labels)
     title = "What attackers still get" if not known else f"Relearning a few texts brings MA on the others from {means.ma['ICU']:.2f} to {means.relearned_ma['ICU']:.2f} after ICU, {means.relearned_ma['retrained']:.2f} if retrained"
@@ -657,25 +688,25 @@ def plot_architectures(
     found = pd.concat(tables).rename(columns={"effect": "mean"}).merge(summarize(rows, [column], ["model", "label"])[["model", "label", "reached"]])
     common = [label for label in rows.label.unique() if label != "original" and found[found.label == label].model.nunique() == found.model.nunique()]
     models = list(found.model.unique())
-    ax = dot_axes(ax, models)
+    ax = dot_axes(ax, models, legend=True)
     for k, label in enumerate(common):
         one, style = found[found.label == label].set_index("model").loc[models].reset_index(), STYLES[label]
         draw_dots(ax, one, np.arange(len(models)) + 0.25*(k - (len(common) - 1)/2), [style]*len(one), True, found[found.label.isin(common)]["mean"])
         ax.plot([], [], style[1], color=style[0], label=label)
     ax.axvline(1, color="black", linewidth=0.9, zorder=1)
     ax.set_xlabel(f"{measure_name(column)}, as a multiple of its original")
-    ax.legend(handles=[*ax.get_legend_handles_labels()[0], HOLLOW], fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.2)
+    legend_below(ax, hollow=True)
     ours = found[found.label == "ICU"]["mean"]
-    title = f"{measure_name(column)} after ICU: {ours.min():.2g} to {ours.max():.2g} times the original's in {len(models)} architectures" if len(ours) else f"{measure_name(column)}, by architecture"
+    title = f"ICU makes {measure_name(column)} {ours.min():.2g} to {ours.max():.2g} times the original's" if len(ours) else f"{measure_name(column)}, by architecture"
     return finish(ax, title, " ".join(f"{label}: {listed(found[found.label == label].drop(columns='label').rename(columns={'model': 'label'}))}." for label in common))
 
 # %% ../nbs/12_plots.ipynb #12000054
 STAGES = {"KUI": COLORS["forget"], "CLE": COLORS["ICU"], "IUR": COLORS["retrained"], "": "#777777"}
 BOXES = [ # x, y of the lower left corner, stage, what it is, which function or class does it
-    (0, 34, "", "texts to forget, $f$", "data.Sequences"), (0, 17, "", "retain pool", "data.Corpus"), (0, 0, "", "original model, $p_0$", "loading.load_model"),
+    (0, 34, "", "texts to forget, $f$", "tokens.Sequences"), (0, 17, "", "retain pool", "data.Corpus"), (0, 0, "", "original model, $p_0$", "loading.load_model"),
     (27, 17, "CLE", "neighbors, $r$", "cle.nearest_neighbors"), (27, 0, "CLE", "what $p_0$ says of $r$", "cle.OriginalModel"),
     (54, 34, "KUI", r"$L_{fgt} = -\mathrm{CE}(f)$", "kui.unlearning_loss"), (54, 17, "CLE", r"$\alpha\,L_{lrn} = \alpha\,\mathrm{CE}(r)$", "cle.pair_learning_loss"), (54, 0, "CLE", r"$\beta\,L_{kl} = \beta\,\mathrm{KL}(p_0\,\|\,p_\theta)$", "cle.kl_loss"),
-    (83, 17, "", r"train $p_\theta$ for an epoch", "unlearn.train_epoch"), (83, 34, "IUR", "what does it still say?", "iur.check"), (54, 51, "IUR", "who trains next?", "iur.select_active"), (83, 0, "", "unlearned model", "result.UnlearnResult")]
+    (83, 17, "", r"train $p_\theta$ for an epoch", "unlearn.train_epoch"), (83, 34, "IUR", "what does it say?", "iur.check"), (54, 51, "IUR", "who trains next?", "iur.select_active"), (83, 0, "", "unlearned model", "result.UnlearnResult")]
 WIDTH, HEIGHT = 22, 9 # of a box
 ARROWS = [ # points of each; the tip is the last
     [(22, 40.5), (54, 40.5)], [(22, 36.5), (38, 36.5), (38, 26)], [(22, 21.5), (27, 21.5)], [(49, 21.5), (54, 21.5)], [(22, 4.5), (27, 4.5)], [(33, 17), (33, 9)], [(49, 4.5), (54, 4.5)], [(44, 17), (44, 13), (65, 13), (65, 9)],
@@ -782,6 +813,8 @@ def draw_figure(
         fig, axes = plt.subplots(1, len(recipe.panels), figsize=recipe.size, sharey=recipe.sharey)
         for ax, panel in zip(axes, recipe.panels):
             recipe.draw(*tables, **panel, ax=ax)
+        for ax in axes[1:]: # all panels have the same legend
+            ax.get_legend() and ax.get_legend().remove()
     if recipe.note:
         fig.supxlabel(recipe.note, fontsize=8.5, x=0.01, ha="left", color="#444444")
     return fig
