@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUP', 'METHODS', 'STYLES', 'KINDS', 'MEASURES', 'HOLLOW', 'LINE', 'LEFT', 'ATTACK_NAMES', 'STAGES', 'BOXES',
            'WIDTH', 'HEIGHT', 'ARROWS', 'NOTES', 'NOTE', 'NEAR_AND_FAR', 'FIGURES', 'multiplies', 'interval',
-           'check_rows', 'summarize', 'in_words', 'pool_draws', 'results_table', 'holm', 'paired', 'significance',
-           'read_published', 'beside_published', 'measure_name', 'axis_name', 'finish', 'legend_below', 'alt_text',
-           'dot_axes', 'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative', 'plot_ablation',
-           'plot_sensitivity', 'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'plot_case_study',
+           'check_rows', 'summarize', 'number', 'in_words', 'pool_draws', 'results_table', 'holm', 'paired',
+           'significance', 'read_published', 'beside_published', 'measure_name', 'axis_name', 'finish', 'legend_below',
+           'alt_text', 'dot_axes', 'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative',
+           'plot_ablation', 'plot_sensitivity', 'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'plot_case_study',
            'plot_neighbors', 'plot_thresholds', 'plot_deciders', 'pareto_front', 'fronts', 'plot_tradeoff',
            'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework', 'each', 'Recipe', 'read_tables',
            'draw_figure', 'main']
@@ -81,13 +81,20 @@ def summarize(
     return pd.DataFrame(found)
 
 
+def number(
+    value: float, # any
+) -> str:
+    "Three digits, and no powers of ten where people would not write them."
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 def in_words(
     mean: float, # NaN: not measured
     low: float, # NaN: one seed
     high: float, # NaN: one seed
 ) -> str:
     "A number and its interval."
-    return "not run" if math.isnan(mean) else f"{mean:.3g}" if math.isnan(low) else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+    return "not run" if math.isnan(mean) else number(mean) if math.isnan(low) else f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
 def pool_draws(
@@ -185,7 +192,7 @@ METHODS = { # a row's method: label, color, marker
     "original": ("original", COLORS["original"], "s"), "retrained": ("retrained", COLORS["retrained"], "D"), "random weights": ("random weights", "#000000", "X"),
     "icu": ("ICU", COLORS["ICU"], "o"), "ga": ("gradient ascent", COLORS["gradient ascent"], "v"), "kumpr": ("KUMPR", "#7F3700", "d"), "graddiff": ("GradDiff", "#E69F00", ">"),
     "kl": ("KL", "#56B4E9", "<"), "llmu": ("LLMU", "#332288", "p"), "po": ("PO", "#999933", "p"), "dpo": ("DPO", "#AA4499", "h"), "eul": ("EUL", "#44AA99", "8"), "npo": ("NPO", "#CC79A7", "^"),
-    "simnpo": ("SimNPO", "#CC6677", "^"), "rmu": ("RMU", "#B8A038", "d"), "undial": ("UNDIAL", "#661100", "s"), "wga": ("WGA", "#882255", "H"), "satimp": ("SatImp", "#117733", "D"),
+    "simnpo": ("SimNPO", "#CC6677", "^"), "rmu": ("RMU", "#B8A038", "d"), "undial": ("UNDIAL", "#661100", "s"), "wga": ("WGA", "#882255", "P"), "satimp": ("SatImp", "#117733", "D"),
     "task vector": ("task vector", "#555555", "8")}
 STYLES = {label: (color, marker) for label, color, marker in METHODS.values()}
 KINDS = { # a row's perplexities: what is read, color, marker
@@ -211,8 +218,8 @@ def measure_name(
 def axis_name(
     column: str, # of a row
 ) -> str:
-    "What stands at its axis."
-    return measure_name(column) + (", log scale" if multiplies(column) else "")
+    "What stands at its axis; on whose text a perplexity is stands in the title."
+    return ("perplexity" if column in KINDS else measure_name(column)) + (", log scale" if multiplies(column) else "")
 
 
 def finish(
@@ -224,7 +231,9 @@ def finish(
     title = title[:1].upper() + title[1:]
     panels = ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1
     names = 0.09*max((len(tick.get_text()) for tick in ax.get_yticklabels()), default=0) # inches
-    ax.set_title(textwrap.fill(title, max(24, int(9.5*(ax.figure.get_figwidth() - names - 0.3)/panels))))
+    ax.set_title(textwrap.fill(title.replace(" = ", "\u00a0=\u00a0"), max(24, int(9.5*(ax.figure.get_figwidth() - names - 0.3)/panels)), break_on_hyphens=False))
+    ax.xaxis.label.set_size(10.5)
+    ax.yaxis.label.set_size(10.5)
     ax.set_label(f"{title}. {alt}")
     return ax
 
@@ -236,7 +245,7 @@ def legend_below(
     "A legend under the axis' name."
     below = ax.transAxes + ScaledTranslation(0, -0.62, ax.figure.dpi_scale_trans) # inches
     handles = [*ax.get_legend_handles_labels()[0], *([HOLLOW] if hollow else [])]
-    ax.legend(handles=handles, fontsize=9, ncols=3 if len(handles) == 3 else 2, loc="upper left", bbox_to_anchor=(-0.02, 0), bbox_transform=below, frameon=False, handletextpad=0.3, columnspacing=1.2, borderpad=0)
+    ax.legend(handles=handles, fontsize=9, ncols=3 if len(handles) in (3, 5, 6, 9) else 2, loc="upper left", bbox_to_anchor=(-0.02, 0), bbox_transform=below, frameon=False, handletextpad=0.3, columnspacing=1.2, borderpad=0)
 
 
 def alt_text(
@@ -269,16 +278,16 @@ def draw_dots(
 ) -> None:
     "Means, 95 % intervals; hollow: forgot too little; arrows: off the axis."
     means = (found["mean"] if everything is None else everything).dropna()
-    top = 1000*means.min() if log and len(means) else math.inf
+    top = 50*means.median() if log and len(means) else math.inf
     for one, y, (color, marker) in zip(found.itertuples(), positions, styles):
         if math.isnan(one.mean):
             ax.text(0.02, y, "not run", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="#777777")
         elif one.mean > top:
             ax.plot(top, y, ">", color=color, clip_on=False)
-            ax.text(top/1.25, y, f"{one.mean:.0e}", ha="right", va="center", fontsize=8, color=color)
+            ax.text(top/1.25, y, number(one.mean), ha="right", va="center", fontsize=8, color=color)
         else:
             ax.plot([one.low, min(one.high, top)], [y, y], color=color, linewidth=1.6, zorder=2)
-            ax.plot(one.mean, y, marker, color=color, markersize=6, markeredgewidth=1.4, markerfacecolor=color if one.reached else "white", zorder=3)
+            ax.plot(one.mean, y, marker, color=color, markersize=6.5, markeredgewidth=1.3, markerfacecolor=color if one.reached else "white", zorder=3)
     if log:
         shown = means[means <= top]
         ax.set_xscale("log")
@@ -315,7 +324,7 @@ def plot_methods(
     if "retrained" in set(order):
         ax.axvline(found.set_index("label")["mean"]["retrained"], color=COLORS["retrained"], linewidth=1, linestyle="--", zorder=1)
     ax.set_xlabel(axis_name(column))
-    title = measure_name(column)
+    title = KINDS[column][0] if column in KINDS else measure_name(column)
     if "ICU" in set(order):
         few = found.label[~found.reached]
         tests = significance(rows[(rows.label == "ICU") | ~rows.method.isin(["original", "retrained", "random weights"]) & ~rows.label.isin(few)], [column])
@@ -352,7 +361,7 @@ def plot_relative(
     for y in range(1, len(labels)):
         ax.axhline(y - 0.5, color="#dddddd", linewidth=0.7)
     ax.axvline(1, color="black", linewidth=0.9, zorder=1)
-    ax.set_xlabel(f"perplexity, as a multiple of “{base}”")
+    ax.set_xlabel(f"perplexity, “{base}” = 1, log scale")
     legend_below(ax, hollow=True)
     clear = tests[tests.p_holm < 0.05]
     largest = clear.loc[np.log(clear.effect).abs().sort_values(ascending=False).index[:1]]
@@ -389,7 +398,7 @@ def plot_sensitivity(
     ax.set(xticks=range(len(means.columns)), xticklabels=[f"{x:g}" for x in means.columns], yticks=range(len(means)), yticklabels=[f"{y:g}" for y in means.index], xlabel="β (weight of L_kl)", ylabel="α (weight of L_lrn)")
     ax.grid(visible=False)
     best = grid[grid.reached].nsmallest(1, "mean")
-    title = measure_name(column) + "".join(f": least at α = {one.alpha:g}, β = {one.beta:g}" for one in best.itertuples())
+    title = KINDS[column][0] + "".join(f": least perplexity at α = {one.alpha:g}, β = {one.beta:g}" for one in best.itertuples())
     if default[0] in means.index and default[1] in means.columns:
         ax.add_patch(Rectangle((means.columns.get_loc(default[1]) - 0.47, means.index.get_loc(default[0]) - 0.47), 0.94, 0.94, fill=False, edgecolor="white", linewidth=2))
     cells = "; ".join(f"α {one.alpha:g}, β {one.beta:g}: {in_words(one.mean, one.low, one.high)}" for one in grid.itertuples())
@@ -528,7 +537,7 @@ def plot_thresholds(
         ax.set_xlim(0, 1)
     ax.set_xlabel(axis_name(column))
     ends = found.dropna(subset="mean").sort_values("mean").iloc[[0, -1]]
-    title = f"{measure_name(column)} ends between {ends['mean'].iloc[0]:.2g} and {ends['mean'].iloc[1]:.2g}"
+    title = f"{measure_name(column)} ends between {number(ends['mean'].iloc[0])} and {number(ends['mean'].iloc[1])}"
     return finish(ax, title, f"Mean and 95 % interval per rule: {listed(found)}.")
 
 
@@ -585,7 +594,7 @@ def plot_tradeoff(
     check_rows(rows, [column, "ma"], ["profile", "data", "model"])
     levels = np.round(np.linspace(1, 0, 101), 2)
     found = fronts(history, column, levels)
-    ax, alt, labels = ax or plt.subplots(figsize=(5, 4.2))[1], [], list(found.label.unique())
+    ax, alt, labels = ax or plt.subplots(figsize=(5, 4.8))[1], [], list(found.label.unique())
     for k, (label, front) in enumerate(found.dropna(subset="mean").groupby("label", sort=False)):
         color, marker = STYLES[label]
         ax.plot(front.level, front["mean"], color=color, linewidth=2.4 if label == "ICU" else 1.5, drawstyle="steps-post", zorder=4 if label == "ICU" else 3)
@@ -598,18 +607,18 @@ def plot_tradeoff(
             (x, *xs), (y, *ys) = one.loc[["ma", column], ["mean", "low", "high"]].to_numpy()
             ax.errorbar(x, y, [[y - ys[0]], [ys[1] - y]], color=color, marker=marker, markersize=8, markeredgecolor="black", linestyle="", elinewidth=1.4, zorder=6, label=label)
             alt.append(f"{label} {y:.3g} at MA {x:.2f}")
-    shown = pd.concat([found["mean"].dropna(), summarize(rows, [column])["mean"][lambda means: means.notna()]])
+    shown = pd.concat([found["mean"], *(summarize(rows[rows.label == label], [column])["mean"] for label in ("original", "retrained") if label in set(rows.label))]).dropna()
     ax.set(yscale="log", xlim=(1.02, max(0, found.dropna(subset="mean").level.min() - 0.02)), xlabel="MA of the forget texts (forgetting →)", ylabel=axis_name(column))
     ax.set_ylim(shown.min()/1.4, min(shown.max()*1.4, 1000*shown.min()))
     plain_ticks(ax.yaxis)
-    title = f"What forgetting costs: {measure_name(column)}"
+    title = f"What forgetting costs {KINDS[column][0]}"
     if "retrained" in set(rows.label):
         goal = rows[rows.label == "retrained"].ma.mean()
         ax.axvline(goal, color=COLORS["retrained"], linewidth=1, linestyle=":", zorder=1)
         there = found[found.level == levels[levels <= goal].max()].dropna(subset="mean").sort_values("mean")
         alt += [f"at retrained's MA: {listed(there.assign(reached=True))}"]
-        title = f"Down to the MA of the retrained model, {there.label.iloc[0]} costs least" if len(there) else "No method gets to the MA of the retrained model on every seed"
-    ax.legend(fontsize=8, ncols=2, loc="upper left")
+        title = f"{KINDS[column][0]}: " + (f"down to the MA of retrained, {there.label.iloc[0]} costs least" if len(there) else "no method gets down to the MA of retrained on every seed")
+    legend_below(ax)
     return finish(ax, title, f"Fronts of {', '.join(labels)}: MA of the forget texts against {measure_name(column)}. " + "; ".join(alt) + ".")
 
 # %% ../nbs/12_plots.ipynb #12000048
@@ -621,7 +630,7 @@ def plot_requests(
     "A measure against the number of deletion requests; dashed: the original."
     check_rows(rows, [column, "requests", "batches"], ["profile", "data", "model"])
     found = summarize(rows[rows.requests.notna()], [column], ["method", "requests", "batches"]).sort_values("requests")
-    ax, growth = ax or plt.subplots(figsize=(5, 3.6))[1], []
+    ax, growth = ax or plt.subplots(figsize=(5, 4.1))[1], []
     for method, group in found.groupby("method", sort=False):
         label, color, marker = METHODS[method]
         once, several = group[group.batches == 1], group[group.batches > 1]
@@ -630,7 +639,7 @@ def plot_requests(
             ax.plot(batches.requests*1.12, batches["mean"], "*", color=color, markersize=10, markerfacecolor="white", label=f"{label}, {number:g} batches")
             ax.vlines(batches.requests*1.12, batches.low, batches.high, color=color, linewidth=1)
         change = once["mean"].iloc[-1]/once["mean"].iloc[0]
-        growth.append(f"times {change:.2g} with {label}")
+        growth.append(f"× {number(float(f'{change:.2g}'))} with {label}")
     original = rows[rows.label == "original"]
     if multiplies(column) and column.startswith("ppl") and len(original):
         ax.axhline(interval(original[column], True)[0], color=COLORS["original"], linestyle="--", linewidth=1.4, zorder=1)
@@ -641,8 +650,8 @@ def plot_requests(
     if multiplies(column):
         ax.set_yscale("log")
         plain_ticks(ax.yaxis)
-    ax.legend(fontsize=8)
-    title = f"{counts[0]:g} to {counts[-1]:g} requests, {measure_name(column)}: " + ", ".join(growth)
+    legend_below(ax)
+    title = f"From {counts[0]:g} to {counts[-1]:g} requests: {measure_name(column).removesuffix(' in seconds')} " + ", ".join(growth)
     return finish(ax, title, "; ".join(f"{METHODS[one.method][0]}, {one.requests:g} requests in {one.batches:g}: {in_words(one.mean, one.low, one.high)}" for one in found.itertuples()) + ".")
 
 # %% ../nbs/12_plots.ipynb #12000051
@@ -694,7 +703,7 @@ def plot_architectures(
         draw_dots(ax, one, np.arange(len(models)) + 0.25*(k - (len(common) - 1)/2), [style]*len(one), True, found[found.label.isin(common)]["mean"])
         ax.plot([], [], style[1], color=style[0], label=label)
     ax.axvline(1, color="black", linewidth=0.9, zorder=1)
-    ax.set_xlabel(f"{measure_name(column)}, as a multiple of its original")
+    ax.set_xlabel(f"{measure_name(column)}, original = 1, log scale")
     legend_below(ax, hollow=True)
     ours = found[found.label == "ICU"]["mean"]
     title = f"ICU makes {measure_name(column)} {ours.min():.2g} to {ours.max():.2g} times the original's" if len(ours) else f"{measure_name(column)}, by architecture"
@@ -772,9 +781,9 @@ FIGURES = {
     "neighbors": Recipe("neighbors", plot_neighbors, note=NOTE),
     "thresholds": Recipe("thresholds", plot_thresholds, each("ma", "ppl_heldout"), size=(10, 5), sharey=True, note=f"{NOTE}; stroke: MA at which a run may stop"),
     "deciders": Recipe("thresholds", plot_deciders),
-    "tradeoff": Recipe("tradeoff", plot_tradeoff, NEAR_AND_FAR, tables=("", "_history"), size=(12, 4.6), note="the least perplexity at an MA at or under each level, mean over seeds and 95 % intervals; dotted: MA of the retrained model"),
+    "tradeoff": Recipe("tradeoff", plot_tradeoff, NEAR_AND_FAR, tables=("", "_history"), size=(12, 5), note="the least perplexity at an MA at or under each level, mean over seeds and 95 % intervals; dotted: MA of the retrained model"),
     "distance": Recipe("tradeoff", plot_methods, ({"column": "distance", "by": "distance"}, {"column": "distance_heldout", "by": "distance"}), sharey=True, note=NOTE),
-    "requests": Recipe("requests", plot_requests, each("seconds_train", "ppl_neighbors", "ppl_heldout"), size=(12, 4), note="means over seeds and 95 % intervals; hollow: in batches; dashed: the original"),
+    "requests": Recipe("requests", plot_requests, each("seconds_train", "ppl_neighbors", "ppl_heldout"), size=(12, 4.4), note="means over seeds and 95 % intervals; hollow: in batches; dashed: the original"),
     "limits": Recipe("limits", plot_limits, where={"model": "tiny gpt-neo"}, note="means over seeds and 95 % intervals"),
     "architectures": Recipe("limits", plot_architectures, note=NOTE),
 }
