@@ -136,6 +136,7 @@ def paired(
     "How each label differs from another one, seed by seed."
     check_rows(rows, [column], ["profile", "data", "model"])
     require(against in set(rows.label), "against", f"no row is labeled {against!r}", f"Labels: {', '.join(rows.label.unique())}")
+    require(rows.label.nunique() > 1, "rows", f"there is nothing but {against!r}", "Give rows of other labels, too")
     values = rows.pivot(index="seed", columns="label", values=column)[rows.label.unique()].astype(float)
     values = np.log(values) if multiplies(column) else values
     return values.sub(values[against], axis=0)
@@ -325,7 +326,7 @@ def plot_methods(
         ax.axvline(found.set_index("label")["mean"]["retrained"], color=COLORS["retrained"], linewidth=1, linestyle="--", zorder=1)
     ax.set_xlabel(axis_name(column))
     title = KINDS[column][0] if column in KINDS else measure_name(column)
-    if "ICU" in set(order):
+    if {"icu"} < set(found.method[found.reached]) - {"original", "retrained", "random weights"} and "ICU" in set(order):
         few = found.label[~found.reached]
         tests = significance(rows[(rows.label == "ICU") | ~rows.method.isin(["original", "retrained", "random weights"]) & ~rows.label.isin(few)], [column])
         clear, one = tests[tests.p_holm < 0.05], math.log if multiplies(column) else float
@@ -484,11 +485,14 @@ def plot_case_study(
     entries = [("prompt", "", "black", here.prompt.iloc[0], None), ("true text", "", "black", truth, truth)]
     for label, group in here.groupby("label", sort=False):
         trained = group[group.epoch > 0] if (group.epoch > 0).any() else group
-        for number, one in enumerate(trained.iloc[np.unique(np.linspace(0, len(trained) - 1, min(looks, len(trained))).round().astype(int))].itertuples()):
-            entries.append((label if number == 0 else "", f"{'' if len(group) == 1 else f'epoch {one.epoch}, '}MA {one.ma:.2f}", STYLES.get(label, ("black",))[0], one.continuation, truth))
+        for look, one in enumerate(trained.iloc[np.unique(np.linspace(0, len(trained) - 1, min(looks, len(trained))).round().astype(int))].itertuples()):
+            entries.append((label if look == 0 else "", f"{'' if len(group) == 1 else f'epoch {one.epoch}, '}MA {one.ma:.2f}", STYLES.get(label, ("black",))[0], one.continuation, truth))
     broken = [lines_of(said.split()) for _, _, _, said, _ in entries]
     total = sum(1.35 + 1.25*(len(lines) - 1) + 0.35*bool(entry[0]) for entry, lines in zip(entries, broken))
-    ax = ax or plt.figure(figsize=(8.2, 0.45 + 0.165*total), layout="none").add_axes((0, 0, 1, 1 - 0.4/(0.45 + 0.165*total)))
+    if ax is None:
+        fig, height = plt.figure(figsize=(8.2, 0.45 + 0.165*total)), 0.45 + 0.165*total
+        fig.set_layout_engine("none") # words stand where characters are counted
+        ax = fig.add_axes((0, 0, 1, 1 - 0.4/height))
     ax.set(xlim=(0, LEFT + LINE), ylim=(total - 0.4, -0.7))
     ax.axis("off")
     y = 0.0
@@ -497,7 +501,7 @@ def plot_case_study(
         ax.text(0, y, label, color=color, fontsize=9, fontweight="bold", va="center")
         ax.text(LEFT - 1.5, y, note, fontsize=8, va="center", ha="right", color="#444444")
         words, equal = said.split(), same_words(true, said) if true is not None else [False]*len(said.split())
-        for number, line in enumerate(lines):
+        for row, line in enumerate(lines):
             x = LEFT
             for i in line:
                 if equal[i]:
@@ -505,7 +509,7 @@ def plot_case_study(
                     ax.add_patch(Rectangle((x - 0.15, y - 0.58), len(words[i]) + 0.3 + 0.9*joined, 1.16, facecolor="#cfe3f3", linewidth=0, zorder=1))
                 ax.text(x, y, words[i], fontfamily="DejaVu Sans Mono", fontsize=8.8, va="center", color="black" if equal[i] or true is None else "#777777", zorder=2)
                 x += len(words[i]) + 1
-            y += 1.25 if number < len(lines) - 1 else 1.35
+            y += 1.25 if row < len(lines) - 1 else 1.35
     shares = {label: np.mean(same_words(truth, group.continuation.iloc[-1])) for label, group in here.groupby("label", sort=False) if group.continuation.iloc[-1].split()}
     title = "Of the words said at last, in the true text: " + ", ".join(f"{label} {share:.0%}" for label, share in list(shares.items())[:3])
     ax.set_title(title)
@@ -635,8 +639,8 @@ def plot_requests(
         label, color, marker = METHODS[method]
         once, several = group[group.batches == 1], group[group.batches > 1]
         draw_curve(ax, once.assign(reached=True), "requests", color, marker, label=label)
-        for number, batches in several.groupby("batches"):
-            ax.plot(batches.requests*1.12, batches["mean"], "*", color=color, markersize=10, markerfacecolor="white", label=f"{label}, {number:g} batches")
+        for many, batches in several.groupby("batches"):
+            ax.plot(batches.requests*1.12, batches["mean"], "*", color=color, markersize=10, markerfacecolor="white", label=f"{label}, {many:g} batches")
             ax.vlines(batches.requests*1.12, batches.low, batches.high, color=color, linewidth=1)
         change = once["mean"].iloc[-1]/once["mean"].iloc[0]
         growth.append(f"× {number(float(f'{change:.2g}'))} with {label}")
@@ -666,7 +670,7 @@ def plot_limits(
 ): # the Axes
     "What attackers still get from each model."
     columns = [column for column in ATTACK_NAMES if column in rows and rows[column].notna().any()]
-    require(len(columns) > 0, "rows", "no attack was measured", "Give rows of the experiment limits")
+    require(len(set(columns) - {"ma"}) > 0, "rows", "no attack was measured", "Give rows of the experiment limits")
     check_rows(rows, columns, ["profile", "data", "model"])
     found, labels = summarize(rows, columns), list(rows.label.unique())
     ax = dot_axes(ax, [ATTACK_NAMES[column] for column in columns], legend=True)
