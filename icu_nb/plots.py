@@ -232,7 +232,7 @@ def finish(
     title = title[:1].upper() + title[1:]
     panels = ax.get_subplotspec().get_gridspec().ncols if ax.get_subplotspec() else 1
     names = 0.09*max((len(tick.get_text()) for tick in ax.get_yticklabels()), default=0) # inches
-    ax.set_title(textwrap.fill(title.replace(" = ", "\u00a0=\u00a0"), max(24, int(9.5*(ax.figure.get_figwidth() - names - 0.3)/panels)), break_on_hyphens=False))
+    ax.set_title(textwrap.fill(title.replace(" = ", "\u00a0=\u00a0").replace("× ", "×\u00a0"), max(24, int(9.5*(ax.figure.get_figwidth() - names - 0.3)/panels)), break_on_hyphens=False))
     ax.xaxis.label.set_size(10.5)
     ax.yaxis.label.set_size(10.5)
     ax.set_label(f"{title}. {alt}")
