@@ -1,4 +1,4 @@
-"""Plots: statistics against scipy and by hand, every figure drawn from made-up rows and looked at by the renderer."""
+"""Plots: every figure drawn from made-up rows and looked at by the renderer."""
 import importlib
 import itertools
 import math
@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
-from scipy import stats
 
 from icu_nb import plots
 from icu_nb.core import COLORS, InputError, set_figure_style
@@ -70,82 +69,6 @@ def style():
         set_figure_style()
         yield
     plt.close("all")
-
-
-# ---- statistics ----
-
-def test_interval_is_students():
-    values = [3.1, 2.7, 4.0, 3.3, 3.9]
-    assert plots.interval(values)[1:] == pytest.approx(stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values)))
-    assert np.log(plots.interval(np.exp(values), True)) == pytest.approx(plots.interval(values))
-
-
-def test_interval_covers_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = [low <= 1 <= high for _, low, high in (plots.interval(rng.normal(1, 2, 3)) for _ in range(2000))]
-    assert 0.93 < np.mean(covered) < 0.97
-
-
-@pytest.mark.parametrize("values, mean", [([], math.nan), ([math.nan, 5.0], 5.0), ([2.0, math.inf], math.inf)])
-def test_interval_without_enough_numbers_has_no_ends(values, mean):
-    found = plots.interval(values, True)
-    assert found[0] == pytest.approx(mean, nan_ok=True) and np.isnan(found[1:]).all()
-
-
-def test_holm_by_hand():
-    assert plots.holm([0.01, math.nan, 0.04, 0.03]) == pytest.approx([0.03, math.nan, 0.06, 0.06], nan_ok=True)
-    assert plots.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
-
-
-def test_significance_is_scipys_paired_test():
-    rows = made_up(plain("icu", "npo", "kl"), 5)
-    found = plots.significance(rows, ["ppl_heldout"]).set_index("label")
-    wide = np.log(rows.pivot(index="seed", columns="label", values="ppl_heldout"))
-    expected = stats.ttest_rel(wide["NPO"], wide["ICU"])
-    assert found.p["NPO"] == pytest.approx(expected.pvalue)
-    assert np.log(found.low["NPO"]) == pytest.approx(expected.confidence_interval().low)
-
-
-def test_pairing_sees_what_unpaired_intervals_hide():
-    levels = np.array([1.0, 5.0, 20.0, 70.0, 300.0])
-    rows = made_up(plain("icu", "npo"), 5)
-    rows["ppl_heldout"] = [*levels, *(1.2*levels*[1.01, 0.99, 1.0, 1.02, 0.98])]
-    ours, theirs = (plots.interval(group, True) for _, group in rows.groupby("label", sort=False).ppl_heldout)
-    assert ours[2] > theirs[0] and plots.significance(rows, ["ppl_heldout"]).p.item() < 1e-4
-
-
-def test_seeds_that_one_side_lacks_are_left_out():
-    rows = made_up(plain("icu", "npo"), 5)
-    found = plots.significance(rows[~((rows.label == "NPO") & (rows.seed == 4))], ["ppl_heldout"])
-    assert found.n.item() == 4 and found.p.notna().all()
-
-
-def test_tables_say_what_was_not_run_and_pool_draws():
-    rows = made_up(plain("icu", "kl"))
-    rows.loc[rows.label == "KL", "ppl_general"] = np.nan
-    draws = rows.assign(data=[f"pile{seed}" for seed in rows.seed])
-    assert plots.results_table(rows, ["ppl_general"]).ppl_general.tolist()[1] == "not run"
-    assert plots.results_table(draws, ["ma"]).index.get_level_values("data").unique().tolist() == ["pile"]
-    both = pd.concat([rows, rows.assign(data="pile0")])
-    assert plots.results_table(both, ["ma"]).index.get_level_values("data").unique().tolist() == ["people", "pile0"]
-    assert (plots.results_table(both, ["ma"]).seeds == 3).all()
-
-
-# ---- published values ----
-
-def test_published_values_are_those_reported(shared_data, request):
-    reported = pd.read_csv(shared_data.parent/"paper_reported.csv") if (shared_data.parent/"paper_reported.csv").exists() else pytest.skip("no list of published values")
-    ours = plots.read_published(request.config.rootpath/"figures"/"data")
-    assert len(ours) == len(reported)
-    low = [float(str(value).split("-")[0]) for value in reported.value]
-    assert ours.low.tolist() == low and (ours.label == reported.method).all() and (ours.model.str.lower() == reported.model.str.lower()).all()
-
-
-def test_published_values_stand_beside_ours_in_their_unit(request):
-    rows = made_up(plain("original", "icu", "kl", "kumpr")).assign(classification=0.5)
-    beside = plots.beside_published(rows, plots.read_published(request.config.rootpath/"figures"/"data")).set_index(["measure", "method"])
-    assert beside.ours["classification", "ICU"].startswith("50 [") and beside.ours["ppl_pile", "ICU"] == "not run"
-    assert beside.published["ppl_pile", "KUMPR"] == "over 10000" and beside.published["epochs", "ICU"] == "21.4 to 32.6"
 
 
 # ---- figures ----
@@ -268,7 +191,6 @@ def test_arrows_run_from_box_to_box_and_through_none():
     (lambda rows: plots.plot_methods(pd.concat([rows, rows.assign(model="another")])), "several kinds of model"),
     (lambda rows: plots.plot_ablation(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
     (lambda rows: plots.plot_limits(rows), "no attack was measured"),
-    (lambda rows: plots.read_published("nowhere"), "no published.csv"),
     (lambda rows: plots.draw_figure("tabel"), "Known: framework"),
 ])
 def test_bad_input_is_told(draw, message):
