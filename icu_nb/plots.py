@@ -60,7 +60,7 @@ def axis_name(
     "What stands at its axis; on whose text a perplexity is stands in the title."
     return ("perplexity" if column in KINDS else measure_name(column)) + (", log scale" if multiplies(column) else "")
 
-# %% ../nbs/12_plots.ipynb #417a6210
+# %% ../nbs/12_plots.ipynb #a3fc9590
 def finish(
     ax, # an Axes with a drawing
     title: str, # what is seen, in one line
@@ -334,21 +334,21 @@ def write_words(
     ax, # an Axes whose x counts characters, and y lines
     y: float, # of the first line
     words: Sequence[str], # what is said
-    true: Sequence[bool], # which of them stand in the true text: black on a ground
+    true: Sequence[bool]|None, # which of them stand in the true text: black on a ground; None: nothing is marked
 ) -> float: # y of the last line
     "Write a text, what is true of it marked."
     lines = lines_of(words)
     for row, line in enumerate(lines):
         x, at = LEFT, y + 1.25*row
         for i in line:
-            if true[i]:
+            if true and true[i]:
                 joined = i + 1 in line and true[i + 1]
                 ax.add_patch(Rectangle((x - 0.15, at - 0.58), len(words[i]) + 0.3 + 0.9*joined, 1.16, facecolor="#cfe3f3", linewidth=0, zorder=1))
-            ax.text(x, at, words[i], fontfamily="DejaVu Sans Mono", fontsize=8.8, va="center", color="black" if true[i] else "#777777", zorder=2)
+            ax.text(x, at, words[i], fontfamily="DejaVu Sans Mono", fontsize=8.8, va="center", color="black" if true is None or true[i] else "#777777", zorder=2)
             x += len(words[i]) + 1
     return y + 1.25*(len(lines) - 1)
 
-# %% ../nbs/12_plots.ipynb #9ed1b805
+# %% ../nbs/12_plots.ipynb #ce3af107
 def plot_case_study(
     samples: pd.DataFrame, # label, seed, epoch, id, prompt, truth, continuation, ma
     text: int=0, # which one, by `id`
@@ -360,7 +360,7 @@ def plot_case_study(
     require(text in set(samples["id"]), "text", f"no sample has id {text!r}", f"There are {sorted(samples['id'].unique().tolist())}")
     here = samples[(samples["id"] == text) & (samples.seed == samples.seed.min())]
     prompt, truth = here.prompt.iloc[0], here.truth.iloc[0]
-    entries = [("prompt", "", prompt, [True]*len(prompt.split())), ("true text", "", truth, [True]*len(truth.split())), *spoken(here, looks)]
+    entries = [("prompt", "", prompt, None), ("true text", "", truth, [True]*len(truth.split())), *spoken(here, looks)]
     total = sum(1.35 + 0.35*bool(label) + 1.25*(len(lines_of(said.split())) - 1) for label, _, said, _ in entries) # lines
     if ax is None:
         height = 0.45 + 0.165*total # inches
@@ -410,7 +410,7 @@ def plot_thresholds(
     title = f"{measure_name(column)} ends between {number(ends['mean'].iloc[0])} and {number(ends['mean'].iloc[1])}"
     return finish(ax, title, f"Mean and 95 % interval per rule: {listed(found)}.")
 
-# %% ../nbs/12_plots.ipynb #43924b4c
+# %% ../nbs/12_plots.ipynb #0ff7feb8
 def plot_deciders(
     rows: pd.DataFrame, # of the experiment `thresholds`, with columns only_bleu, only_bert and both
     ax=None, # an Axes; None: a new one
@@ -467,7 +467,7 @@ def draw_point(
     ax.vlines(x, found.low, found.high, color=color, linewidth=1.4, zorder=6)
     ax.plot(x, found["mean"], marker, color=color, markersize=8, markeredgecolor="black", zorder=6, label=label)
 
-# %% ../nbs/12_plots.ipynb #9692b858
+# %% ../nbs/12_plots.ipynb #3755c588
 def plot_tradeoff(
     rows: pd.DataFrame, # of the experiment `tradeoff`: the yardsticks are taken from it
     history: pd.DataFrame, # per epoch: label, seed, ma and perplexities
@@ -572,7 +572,7 @@ def plot_limits(
         title = f"Relearning a few texts brings MA on the others from {before:.2f} to {after:.2f} after ICU, {fresh:.2f} if retrained"
     return finish(ax, title, " ".join(f"{ATTACK_NAMES[column]}: {listed(found[found.column == column].assign(reached=True))}." for column in columns))
 
-# %% ../nbs/12_plots.ipynb #ecefc24d
+# %% ../nbs/12_plots.ipynb #b026c1fa
 def plot_architectures(
     rows: pd.DataFrame, # of the experiment `limits`: several models
     column: str="ppl_heldout", # a perplexity
@@ -619,7 +619,7 @@ ARROWS = [ # points of each; the tip is the last
     [(94, 26), (94, 34)], [(94, 43), (94, 55.5), (76, 55.5)], [(54, 55.5), (11, 55.5), (11, 43)], [(105, 38.5), (108, 38.5), (108, 4.5), (105, 4.5)]]
 NOTES = [(32, 57.3, "those who still remember, again", 0), (110, 21.5, "stop: EL and MA low enough", 90)] # x, y, text, degrees
 
-# %% ../nbs/12_plots.ipynb #07df2927
+# %% ../nbs/12_plots.ipynb #b9f4cc88
 def plot_framework(
     ax=None, # an Axes; None: a new one
 ): # the Axes
