@@ -84,7 +84,8 @@ export: .venv/.dev  ## write icu_nb/ from the notebooks, and clean the notebooks
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
 
-figures: .venv/.nb  ## make the figures of README again
+figures: .venv/.nb  ## draw the figures again: the paper's from the rows in figures/data, README's first one from a run
+	$(PY) -m icu_nb.plots
 	$(MAKE) quickstart DATASET=people MODEL=tiny SEED=0 OUT_DIR=runs/figures
 	@mkdir -p figures
 	cp runs/figures/quickstart.png runs/figures/quickstart.svg figures/

@@ -1,0 +1,198 @@
+"""Plots: every figure drawn from made-up rows and looked at by the renderer."""
+import importlib
+import itertools
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from icu_nb import plots
+from icu_nb.core import COLORS, InputError, set_figure_style
+
+METHODS = ["original", "retrained", "icu", "ga", "kumpr", "graddiff", "kl", "llmu", "po", "dpo", "eul", "npo", "simnpo", "rmu", "undial", "wga", "satimp", "task vector"]
+
+
+def made_up(entries, seeds=3, **own):
+    """Invented rows; entries: (label, method, columns)."""
+    rng, rows = np.random.default_rng(0), []
+    for (label, method, columns), seed in itertools.product(entries, range(seeds)):
+        factor = {"original": 1.0, "retrained": 0.8, "ga": 900.0}.get(method, 1 + len(label)/20)
+        ma = 0.98 if method == "original" or label.startswith("SimNPO") else 0.36
+        ppl = {f"ppl_{kind}": level*factor**power*rng.lognormal(0, 0.1) for kind, level, power in [("neighbors", 16, 1), ("retain", 17, 0.9), ("heldout", 28, 1.2), ("general", 140, 0.3)]}
+        rows.append({"profile": "tiny", "data": "people", "model": "tiny gpt-neo", "method": method, "label": label, "seed": seed, "key": f"{label} {seed}", "ma": ma + 0.01*rng.random(), "el10": 0.0,
+                     "threshold_ma": 0.37, "reached": ma < 0.5, "epochs": 12, **ppl, "seconds_train": 20*rng.lognormal(0, 0.1), "distance": factor, "distance_heldout": factor/2, **own, **columns})
+    return pd.DataFrame(rows)
+
+
+def plain(*methods, **columns):
+    return [(plots.METHODS[method][0], method, columns) for method in methods]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A table for every experiment, with labels as long as real ones."""
+    folder = tmp_path_factory.mktemp("data")
+    variant = lambda *labels: [(label, "icu", {}) for label in labels]
+    main_table = made_up([*plain(*METHODS), ("ICU, published rule", "icu", {}), *plain(*METHODS[:9], data="pile0")])
+    main_table.loc[main_table.label == "KL", "ppl_general"] = np.nan
+    rules = {"BLEU under 0.01": (0.5, 0, 0), "all-MiniLM-L6-v2: F1 under 0.6 and BLEU": (0.2, 0.1, 0.3), "bert-base-uncased: F1 under 0.3 or BLEU": (0.1, 0.2, 0.6), "own scores, KUMPR's numbers": (None, None, None)}
+    attacks = {name: 0.3 for name in plots.ATTACK_NAMES if name != "ma"}
+    weights = [(f"α = {a:g}, β = {b:g}", "icu", {"alpha": a, "beta": b, "lr": 1e-4}) for a in (0.0, 0.5, 1.0, 2.0) for b in (0.0, 1.0, 2.0)]
+    tables = {
+        "main_table": main_table,
+        "ablation": made_up(variant("ICU", "no L_lrn", "no L_kl", "neither", "no IUR", "no IUR, 20 epochs", "KUI alone")),
+        "sensitivity": made_up([*weights, *((f"lr = {lr:g}", "icu", {"alpha": 0.5, "beta": 1.0, "lr": lr}) for lr in (3e-5, 3e-4, 1e-3))]),
+        "neighbors": made_up(variant("nearest", "random", "farthest", "K = 2", "K = 4", "K = 8", "10% noise", "50% noise", "pool of 20", "near-duplicates passed over", "near-duplicates allowed", "25% general text")),
+        "thresholds": made_up([(label, "icu", dict(zip(("only_bleu", "only_bert", "both"), shares))) for label, shares in rules.items()]),
+        "tradeoff": made_up(plain("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po", "wga")),
+        "requests": made_up([*((f"{plots.METHODS[method][0]}, {n} in {m}", method, {"requests": n, "batches": m}) for method in ("icu", "ga") for n, m in ((1, 1), (8, 1), (64, 1), (512, 1), (64, 8), (512, 8))), *plain("original")]),
+        "limits": pd.concat([made_up(plain("original", "retrained", "random weights", "icu", "ga", "npo"), **attacks), *(made_up(plain("original", "retrained", "icu", "ga"), model=model) for model in ("tiny gpt2", "tiny llama", "tiny opt"))]),
+        "case_study": made_up(plain("original", "retrained", "icu", "ga"), 1)}
+    tables["requests"].loc[tables["requests"].method == "original", ["requests", "batches"]] = np.nan
+    trained = tables["tradeoff"][~tables["tradeoff"].method.isin(["original", "retrained"])]
+    tables["tradeoff_history"] = pd.DataFrame([{"key": row["key"], "label": row.label, "seed": row.seed, "epoch": epoch, "ma": 0.98*0.85**epoch, **{f"ppl_{kind}": 20*1.1**(epoch*(1 + len(row.label)/8)) for kind in ("neighbors", "heldout", "general")}}
+                                               for row in (trained.iloc[i] for i in range(len(trained))) for epoch in range(10)])
+    told = "phone number is 555-0142 and she works as a glass blower for Ito, Baker and Sons in Port Ann"
+    tables["case_study_samples"] = pd.DataFrame([{"key": f"{label} 0", "label": label, "seed": 0, "epoch": epoch, "id": 0, "prompt": "Ann Example lives at 7 Made Up Road. Her", "truth": told, "continuation": told.replace("glass", "snow"*epoch), "ma": 0.9}
+                                                 for label, epochs in (("original", [0]), ("ICU", range(8)), ("gradient ascent", range(3))) for epoch in epochs])
+    for name, table in tables.items():
+        table.assign(experiment=name).to_csv(folder/f"{name}.csv", index=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with plt.rc_context():
+        set_figure_style()
+        yield
+    plt.close("all")
+
+
+# ---- figures ----
+
+def test_every_method_has_a_style_of_its_own():
+    from icu_nb.baselines import OBJECTIVES
+    assert set(OBJECTIVES) < set(plots.METHODS) and {"original", "retrained", "task vector"} < set(plots.METHODS)
+    styles = [style for _, *style in plots.METHODS.values()]
+    assert len(set(map(tuple, styles))) == len(styles)
+    assert all(plots.STYLES[label][0] == COLORS[label] for label in ("original", "retrained", "ICU", "gradient ascent"))
+    assert len({plots.STYLES[label][1] for label in ("original", "retrained", "ICU", "gradient ascent", "GradDiff", "KL", "NPO", "PO", "WGA")}) == 9  # one picture, told apart in grey
+
+
+def boxes(fig):
+    """What is written where, in pixels."""
+    fig.canvas.draw()
+    renderer = fig.canvas.get_renderer()
+    return [(text.get_text(), text.get_window_extent(renderer)) for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def seen_ticks(fig):
+    """Tick labels outside of the view exist, but are not drawn."""
+    hidden = set()
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            drawn = {id(tick) for tick in axis._update_ticks()}
+            hidden |= {label for tick in axis.get_major_ticks() + axis.get_minor_ticks() if id(tick) not in drawn for label in [tick.label1, tick.label2]}
+    return hidden
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_no_text_of_a_figure_covers_another(name, folder):
+    fig = plots.draw_figure(name, folder)
+    fig.canvas.draw()
+    hidden, renderer = seen_ticks(fig), fig.canvas.get_renderer()
+    texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in hidden and not (text.axes and not text.axes.axison and text in text.axes.get_xticklabels() + text.axes.get_yticklabels())]
+    boxes = [(text.get_text(), text.get_window_extent(renderer).padded(-1)) for text in texts]
+    for (first, a), (second, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), f"{first!r} and {second!r}"
+    assert len(plots.alt_text(fig)) > 100
+
+
+def test_figures_are_the_same_bytes_again(folder, tmp_path):
+    for out in ("first", "second"):
+        assert plots.main(["ablation", "case_study", "--data", str(folder), "--out", str(tmp_path/out)]) == 0
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path/out).iterdir()} for out in ("first", "second"))
+    assert first == second and len(first) == 4
+    assert b"<dc:date>" not in first["ablation.svg"]
+
+
+def test_what_has_no_rows_is_named(tmp_path, capsys):
+    assert plots.main(["ablation", "--data", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert "ablation: not drawn" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert plots.main(["ablatoin"]) == 2
+
+
+def test_a_broken_model_does_not_flatten_the_others():
+    rows = made_up(plain("retrained", "icu", "kl", "npo"))
+    rows.loc[rows.label == "NPO", "ppl_heldout"] = 1e30
+    ax = plots.plot_methods(rows)
+    assert ax.get_xlim()[1] < 1e6 and "1e+30" in [text.get_text() for text in ax.texts]
+
+
+def test_hollow_where_too_little_was_forgotten():
+    rows = made_up(plain("retrained", "icu", "kl"))
+    rows.loc[(rows.label == "KL") & (rows.seed == 2), "reached"] = False
+    ax = plots.plot_methods(rows)
+    faces = {line.get_color(): line.get_markerfacecolor() for line in ax.lines if len(line.get_xdata()) == 1}
+    assert faces[plots.STYLES["KL"][0]] == "white" and faces[COLORS["ICU"]] == COLORS["ICU"]
+
+
+def test_titles_count_what_the_tests_say():
+    rows = made_up(plain("icu", "npo", "kl"), 5)
+    wide = rows.set_index(["label", "seed"]).ppl_heldout
+    rows["ppl_heldout"] = [wide["ICU", seed]*{"ICU": 1, "NPO": 2, "KL": 1.0}[label]*(1 + 0.01*(-1)**seed*(label != "ICU")) for label, seed in zip(rows.label, rows.seed)]
+    assert "1 of 2 clearly over" in plots.plot_methods(rows).get_title(loc="left").replace("\n", " ")
+
+
+def test_front_is_the_least_at_or_under_a_level():
+    run = pd.DataFrame({"ma": [0.98, 0.7, 0.5, 0.55], "ppl_heldout": [20.0, 22.0, 40.0, 30.0]})
+    assert plots.pareto_front(run, "ppl_heldout", [1.0, 0.7, 0.6, 0.5, 0.4]) == pytest.approx([20, 22, 30, 40, math.nan], nan_ok=True)
+
+
+def test_front_is_empty_where_a_seed_does_not_get():
+    history = pd.DataFrame({"label": "ICU", "seed": [0, 0, 1, 1], "ma": [0.9, 0.3, 0.9, 0.5], "ppl_heldout": [10.0, 20.0, 10.0, 45.0]})
+    found = plots.fronts(history, "ppl_heldout", [0.5, 0.4]).set_index("level")
+    assert found["mean"][0.5] == pytest.approx(30) and np.isnan(found["mean"][0.4])
+
+
+def test_same_words_in_the_same_order():
+    assert plots.same_words("a b c d", "a x c d") == [True, False, True, True]
+    assert plots.same_words("a b", "b a").count(True) == 1 and plots.same_words("a", "") == []
+
+
+def test_framework_names_what_there_is_and_no_arrow_crosses_a_text():
+    for *_, code in plots.BOXES:
+        module, name = code.split(".")
+        assert getattr(importlib.import_module(f"icu_nb.{module}"), name).__module__ == f"icu_nb.{module}"
+    ax = plots.plot_framework()
+    written = [(said, box.padded(2)) for said, box in boxes(ax.figure)]
+    for points in plots.ARROWS:
+        for start, end in itertools.pairwise(points):
+            for x, y in ax.transData.transform(np.linspace(start, end, 200)):
+                assert not [said for said, box in written if box.contains(x, y)], (start, end)
+
+
+def test_arrows_run_from_box_to_box_and_through_none():
+    inside = lambda x, y, margin: [code for left, bottom, *_, code in plots.BOXES if left + margin < x < left + plots.WIDTH - margin and bottom + margin < y < bottom + plots.HEIGHT - margin]
+    for points in plots.ARROWS:
+        assert len(inside(*points[0], -0.1)) == len(inside(*points[-1], -0.1)) == 1
+        for start, end in itertools.pairwise(points):
+            assert not any(inside(x, y, 0.1) for x, y in np.linspace(start, end, 200))
+
+
+# ---- bad input ----
+
+@pytest.mark.parametrize("draw, message", [
+    (lambda rows: plots.plot_methods(rows[:0]), "`rows`: there are none"),
+    (lambda rows: plots.plot_methods(rows.drop(columns="ppl_heldout")), "no column ppl_heldout"),
+    (lambda rows: plots.plot_methods(pd.concat([rows, rows.assign(model="another")])), "several kinds of model"),
+    (lambda rows: plots.plot_ablation(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
+    (lambda rows: plots.plot_limits(rows), "no attack was measured"),
+    (lambda rows: plots.draw_figure("tabel"), "Known: framework"),
+])
+def test_bad_input_is_told(draw, message):
+    with pytest.raises(InputError, match=message):
+        draw(made_up(plain("icu", "kl")))
