@@ -84,17 +84,15 @@ export: .venv/.dev  ## write icu_nb/ from the notebooks, and clean the notebooks
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
 
-figures: .venv/.nb  ## draw the figures again: the paper's from the rows in figures/data, README's first one from a run
+figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
 	$(PY) -m icu_nb.plots
-	$(MAKE) quickstart DATASET=people MODEL=tiny SEED=0 OUT_DIR=runs/figures
-	@mkdir -p figures
-	cp runs/figures/quickstart.png runs/figures/quickstart.svg figures/
 
-seeds: .venv/.nb  ## the quickstart with seeds 0 1 2 on people, and on pile where DATA_DIR (or ICU_NB_DATA) is given
+seeds: .venv/.nb  ## what README's first figure and tables show: the quickstart with seeds 0 1 2 on people, and on pile where DATA_DIR (or ICU_NB_DATA) is given
 	for d in people $(if $(DATA_DIR)$(ICU_NB_DATA),pile); do for s in 0 1 2; do \
 		$(MAKE) quickstart DATASET=$$d MODEL=tiny SEED=$$s OUT_DIR=runs/seeds/$$d-$$s || exit 1; \
 	done; done
 	$(PY) .ci/collect_seeds.py runs/seeds figures/data/quickstart.csv
+	cp runs/seeds/people-0/example.json figures/data/quickstart_example.json
 
 bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search"]
 	@mkdir -p runs/bench figures/data

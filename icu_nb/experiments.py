@@ -7,21 +7,21 @@ __all__ = ['SCHEMA', 'COLUMNS', 'LABELS', 'ABLATION', 'WEIGHTS', 'RATES', 'EXPER
            'MANY', 'FEW', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS',
            'MEMORIZING', 'TRAINING', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile', 'known', 'cells',
            'read_csv', 'read_rows', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration', 'make_or_copy', 'run',
-           'mean_interval', 'table', 'make_parser', 'overview', 'main']
+           'make_parser', 'overview', 'main']
 
 # %% ../nbs/11_experiments.ipynb #11000004
 import argparse, contextlib, dataclasses, functools, io, json, math, sys, time, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from .core import ICUError, InputError, atomic_path, require
 from .data import local_runs
 from .baselines import OBJECTIVES, PUBLISHED, TINY, get_objective
 from .utility import first_line
+from .judge import Endpoint
+from .tables import results_table
 from .one_run import ENCODERS, SCRATCH, SETTINGS, Cell, Files, run_cell, run_key
-import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 # %% ../nbs/11_experiments.ipynb #11000007
 SCHEMA = 1 # of the rows; goes up when a column changes its meaning
@@ -174,6 +174,7 @@ def cells(
         for label, method, changes in experiment.grid:
             rest = {name: value for name, value in changes.items() if name not in ("data", "model")}
             data, models = changes.get("data", "people"), (changes["model"],) if "model" in changes else size.models
+            rest |= {"judge": files.judge} if files.judge else {}
             if profile != "tiny":
                 if method not in IN_LARGE or {"data", "model", "copies"} & set(changes):
                     continue
@@ -327,6 +328,8 @@ def run(
 ) -> dict[str, str]: # what was not run: label -> why
     "Make the runs of an experiment that are not there yet."
     plan = cells(name, profile, seeds, files)
+    if files.judge: # whether it can be asked is known before anything is computed
+        Endpoint(files.judge, files.judge_url)
     done = set(read_rows(folder, name)["key"])
     todo, missing, began = [cell for cell in plan if cell.key not in done], {}, time.perf_counter()
     left, spent = guesses(todo), []
@@ -349,30 +352,7 @@ def run(
     return missing
 
 # %% ../nbs/11_experiments.ipynb #11000058
-SHOWN = ["ma", "el10", "reached", "epochs", "ppl_neighbors", "ppl_retain", "ppl_heldout", "ppl_general", "acc_retain", "seconds_train"]
-
-
-def mean_interval(
-    values: pd.Series, # one per seed
-    geometric: bool=False, # whether they multiply
-) -> str: # "mean ± half a 95 % interval", or "mean ×/ factor"; empty where nothing was measured
-    "A number with its error."
-    values = values.dropna().astype(float)
-    values = np.log(values) if geometric else values
-    if values.empty:
-        return ""
-    half = student.ppf(0.975, len(values) - 1)*values.std(ddof=1)/len(values)**0.5 if len(values) > 1 else math.nan
-    mean, half, sign = (math.exp(values.mean()), math.exp(half), "×/") if geometric else (values.mean(), half, "±")
-    return f"{mean:.3g}" if math.isnan(half) else f"{mean:.3g} {sign} {half:.2g}"
-
-
-def table(
-    rows: pd.DataFrame, # from `read_rows`
-    columns: Sequence[str]=SHOWN, # which measures
-) -> pd.DataFrame: # a row per profile, data, model and label, in the order of the rows
-    "What the seeds say together."
-    groups = rows.groupby(["profile", "data", "model", "label"], sort=False)
-    return groups[list(columns)].agg({column: functools.partial(mean_interval, geometric=column.startswith("ppl")) for column in columns}).assign(seeds=groups.size())
+SHOWN = ["ma", "el10", "epochs", "ppl_neighbors", "ppl_retain", "ppl_heldout", "ppl_general", "acc_retain", "seconds_train"]
 
 # %% ../nbs/11_experiments.ipynb #11000061
 def make_parser() -> argparse.ArgumentParser:
@@ -389,6 +369,8 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--out", metavar="DIR", default="figures/data", help="where the rows lie (default: figures/data)")
         one.add_argument("--data-dir", metavar="DIR", help="local copies of the public files (default: ICU_NB_DATA, or downloaded)")
         one.add_argument("--texts", metavar="DIR", help="general text for the gpu profile (default: dialogues and WikiText)")
+        one.add_argument("--judge", metavar="MODEL", help="let this model judge what is said, from 0 to 10; the texts to forget are sent to it (default: nobody is asked)")
+        one.add_argument("--judge-url", metavar="URL", help="its OpenAI-compatible server; the key stands in OPENAI_API_KEY (default: OpenAI's own)")
         one.add_argument("--minutes", type=float, default=math.inf, help="begin no run that would end later (default: no limit)")
     return parser
 
@@ -410,14 +392,14 @@ def main(
 ) -> int: # 0: all done; 2: something given cannot be used; 3: something was not run; 130: interrupted
     "`python -m icu_nb.experiments`: see --help."
     args = make_parser().parse_args(argv)
-    files = Files(args.data_dir, args.texts)
+    files = Files(args.data_dir, args.texts, args.judge, args.judge_url)
     try:
         if args.task in ("list", "status"):
             overview(args, files)
         elif args.task == "table":
             known(args.name, EXPERIMENTS, "name")
             rows = read_rows(args.out, args.name)
-            print(table(rows).to_string() if len(rows) else f"{args.name} has no rows in {args.out} yet.")
+            print(results_table(rows, SHOWN).to_string() if len(rows) else f"{args.name} has no rows in {args.out} yet.")
         else:
             end = time.perf_counter() + 60*args.minutes
             names = known(args.profile, PROFILES, "profile").experiments if args.name == "all" else [args.name]

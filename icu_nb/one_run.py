@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'SCRATCH', 'SHAPE', 'ARCHITECTURES', 'MEMORIZED', 'PASSES
            'FINDINGS', 'run_key', 'Cell', 'fresh_model', 'Files', 'memorize_in_passes', 'Given', 'corpus_of', 'prepare',
            'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested', 'Outcome', 'goal_of', 'watched',
            'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back', 'perplexities',
-           'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'measure', 'PeakMemory',
+           'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked', 'measure', 'PeakMemory',
            'sample_rows', 'run_cell']
 
 # %% ../nbs/10b_one_run.ipynb #10a00004
@@ -28,6 +28,7 @@ from .iur import Thresholds, calibrate_thresholds, check, select_active, select_
 from .unlearn import ICUConfig, UnlearnResult, unlearn
 from .baselines import add_vector, get_objective, task_vector
 from .utility import FILE_TASKS, evaluate_tasks, evaluate_utility, find_facts, first_line, people_tasks
+from .judge import Endpoint, judge
 from .extraction import probes
 from .privacy import audit
 import numpy as np
@@ -83,6 +84,7 @@ SETTINGS = {
     "neighbors": "nearest", "k": 1, "max_overlap": 0.5, "embedder": None, # which neighbors, and how many
     "pool": None, "noise": 0.0, "copies": False, "general": 0.0, # where they come from: so many texts, a share of words replaced, near-duplicates of the forget texts added, general text for a share of the texts
     "scorer": "all-MiniLM-L6-v2", # encoder of the column bert_f1
+    "judge": None, # a model behind an OpenAI-compatible endpoint that scores what is said
     "utility": "people", "limit": 128, # which tasks (people, files, paper, or none), and how many questions and texts of each
     "watch": [], "samples": 0, # per epoch: perplexities; what the model makes of the first so many texts
     "distance": False, "attacks": [], # from the retrained model; of 10_privacy
@@ -114,9 +116,11 @@ def fresh_model(
 # %% ../nbs/10b_one_run.ipynb #10a00014
 @dataclass(frozen=True)
 class Files:
-    "Where data lie on this machine; a folder's place never makes a row another one."
+    "Where data lie on this machine, and who may be asked; a place never makes a row another one."
     data_dir: str|None=None # see `data_folder`
     texts: str|None=None # a folder of general text for the model from scratch: .txt, .jsonl, .json or .csv; None: dialogues and WikiText
+    judge: str|None=None # the judge's name; None: nobody is asked
+    judge_url: str|None=None # where it is; None: OpenAI
 
     def paths(self) -> list[Path]:
         "The user's files."
@@ -492,6 +496,14 @@ def deciders(
     return {"only_bleu": (bleu & ~bert).mean(), "only_bert": (bert & ~bleu).mean(), "both": (bleu & bert).mean()}
 
 
+def asked(
+    sequences: Sequences, # texts
+    given: Given, # their tokenizer
+) -> tuple[list[str], list[str]]:
+    "What the model is given of each text, and how it really goes on."
+    return tuple(map(given.tokenizer.batch_decode, prompt_suffix(sequences)))
+
+
 def measure(
     outcome: Outcome, # what a run made
     cell: Cell, # which run
@@ -506,6 +518,8 @@ def measure(
     found = {**means, "threshold_ma": goal.ma, "threshold_el": goal.el, "reached": thresholds_met(scores, dataclasses.replace(goal, ma=min(1.0, goal.ma + 1e-6)))}
     found |= {"epochs": outcome.epochs, "stop_reason": outcome.stop_reason, **utility_columns(model, given, options, files)}
     found |= {f"ppl_{kind}": value for kind, value in perplexities(model, given, options, given.pairs if outcome.pairs is None else outcome.pairs).items()}
+    if options["judge"]:
+        found["judge"] = judge(Endpoint(options["judge"], files.judge_url), *asked(sequences, given), list(scores.continuation)).score.mean()
     if options["distance"]:
         heldout = tokenize(given.corpus.heldout, given.tokenizer, options["seq_len"])
         found |= {"distance": divergence(model, given.retrained, sequences), "distance_heldout": divergence(model, given.retrained, heldout)}
@@ -549,7 +563,7 @@ def sample_rows(
     "What the model says of the first few texts, epoch by epoch; of a yardstick once."
     require(cell.data == "people", "samples", "Pile texts may be personal and are not stored", "Take invented people")
     rows = scores.assign(epoch=outcome.epochs, active=False) if outcome.samples is None else outcome.samples
-    prompts, truths = map(given.tokenizer.batch_decode, prompt_suffix(tokenize(requested(cell, given), given.tokenizer, given.seq_len)))
+    prompts, truths = asked(tokenize(requested(cell, given), given.tokenizer, given.seq_len), given)
     rows = rows[rows["id"] < cell.options["samples"]]
     rows = rows.assign(prompt=[prompts[i] for i in rows["id"]], truth=[truths[i] for i in rows["id"]])
     return rows[["epoch", "id", "prompt", "truth", "continuation", "ma", "el", "active"]]

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STYLES', 'KINDS', 'MEASURES', 'HOLLOW', 'LINE', 'LEFT', 'ATTACK_NAMES', 'STAGES', 'BOXES', 'WIDTH',
-           'HEIGHT', 'ARROWS', 'NOTES', 'INTERVALS', 'NOTE', 'CELLS', 'FRONT', 'NEAR_AND_FAR', 'FIGURES',
-           'measure_name', 'axis_name', 'finish', 'legend_below', 'alt_text', 'dot_axes', 'draw_dots', 'plain_ticks',
-           'plot_methods', 'listed', 'plot_relative', 'plot_ablation', 'plot_sensitivity', 'plot_rates', 'draw_curve',
-           'same_words', 'lines_of', 'spoken', 'write_words', 'plot_case_study', 'plot_neighbors', 'plot_thresholds',
-           'plot_deciders', 'pareto_front', 'fronts', 'draw_point', 'plot_tradeoff', 'plot_requests', 'plot_limits',
-           'plot_architectures', 'plot_framework', 'each', 'Recipe', 'read_tables', 'draw_figure', 'main']
+           'HEIGHT', 'ARROWS', 'NOTES', 'PHASES', 'WAYS', 'STORED', 'INTERVALS', 'NOTE', 'CELLS', 'FRONT',
+           'NEAR_AND_FAR', 'FIGURES', 'measure_name', 'axis_name', 'finish', 'legend_below', 'alt_text', 'dot_axes',
+           'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative', 'plot_ablation', 'plot_sensitivity',
+           'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'spoken', 'write_words', 'plot_case_study',
+           'plot_neighbors', 'plot_thresholds', 'plot_deciders', 'pareto_front', 'fronts', 'draw_point',
+           'plot_tradeoff', 'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework', 'draw_bars',
+           'plot_quickstart', 'bench_phase_seconds', 'plot_bench_phases', 'plot_bench_ways', 'bench_growth_line',
+           'plot_bench_growth', 'plot_bench_search', 'read_stored', 'each', 'Recipe', 'read_tables', 'draw_figure',
+           'main']
 
 # %% ../nbs/12_plots.ipynb #12000004
-import argparse, difflib, math, sys, textwrap
+import argparse, difflib, json, math, sys, textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +27,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import ScaledTranslation
 from .core import COLORS, ICUError, require, save_figure, set_figure_style
+from .baselines import plot_baselines
+from .privacy import plot_audit
 from .tables import check_rows, in_words, interval, multiplies, number, significance, summarize
+from .experiments import LABELS, read_csv, read_rows
 
 # %% ../nbs/12_plots.ipynb #12000021
-METHODS = { # a row's method: label, color, marker
-    "original": ("original", COLORS["original"], "s"), "retrained": ("retrained", COLORS["retrained"], "D"), "random weights": ("random weights", "#000000", "X"),
-    "icu": ("ICU", COLORS["ICU"], "o"), "ga": ("gradient ascent", COLORS["gradient ascent"], "v"), "kumpr": ("KUMPR", "#7F3700", "d"),
-    "graddiff": ("GradDiff", "#E69F00", ">"), "kl": ("KL", "#56B4E9", "<"), "llmu": ("LLMU", "#332288", "p"), "po": ("PO", "#999933", "p"),
-    "dpo": ("DPO", "#AA4499", "h"), "eul": ("EUL", "#44AA99", "8"), "npo": ("NPO", "#CC79A7", "^"), "simnpo": ("SimNPO", "#CC6677", "^"),
-    "rmu": ("RMU", "#B8A038", "d"), "undial": ("UNDIAL", "#661100", "s"), "wga": ("WGA", "#882255", "P"), "satimp": ("SatImp", "#117733", "D"),
-    "task vector": ("task vector", "#555555", "8")}
+METHODS = {method: (LABELS[method], *style) for method, style in { # a row's method: label, color, marker
+    "original": (COLORS["original"], "s"), "retrained": (COLORS["retrained"], "D"), "random weights": ("#000000", "X"),
+    "icu": (COLORS["ICU"], "o"), "ga": (COLORS["gradient ascent"], "v"), "kumpr": ("#7F3700", "d"), "graddiff": ("#E69F00", ">"), "kl": ("#56B4E9", "<"),
+    "llmu": ("#332288", "p"), "po": ("#999933", "p"), "dpo": ("#AA4499", "h"), "eul": ("#44AA99", "8"), "npo": ("#CC79A7", "^"), "simnpo": ("#CC6677", "^"),
+    "rmu": ("#B8A038", "d"), "undial": ("#661100", "s"), "wga": ("#882255", "P"), "satimp": ("#117733", "D"), "task vector": ("#555555", "8")}.items()}
 STYLES = {label: (color, marker) for label, color, marker in METHODS.values()}
 KINDS = { # a row's perplexities: on what text, color, marker
     "ppl_neighbors": ("neighbors", COLORS["neighbors"], "o"), "ppl_retain": ("other retained texts", "#333333", "s"),
@@ -645,6 +649,159 @@ def plot_framework(
                  "an unlearned model is left (result.UnlearnResult).")
     return ax
 
+# %% ../nbs/12_plots.ipynb #12000063
+def draw_bars(
+    ax, # an Axes
+    states: dict[str, dict], # label -> measures
+    keys: Sequence[str], # which measures
+    names: Sequence[str], # what these are called
+    **look, # for `ax.set`
+) -> None:
+    "A group of bars per measure, a bar per label."
+    width = 0.8/len(states)
+    for k, (label, measures) in enumerate(states.items()):
+        where = [i + (k - (len(states) - 1)/2)*width for i in range(len(keys))]
+        bars = ax.bar(where, [measures[key] for key in keys], width, color=COLORS[label], label=label)
+        ax.bar_label(bars, fmt=lambda v: f"{v:.2f}" if v <= 1 else f"{v:,.0f}", fontsize=8, padding=2, bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.8), zorder=4)
+    ax.set_xticks(range(len(keys)), names)
+    ax.grid(False, axis="x")
+    ax.set(**look)
+
+
+def plot_quickstart(
+    example: dict, # of 00_quickstart: states (label -> measures), thresholds, prompt, truth, said (label -> text); empty texts are not shown
+): # a matplotlib Figure
+    "What the models say, what is forgotten, and what it cost."
+    states, texts = example["states"], bool(example["prompt"])
+    fig = plt.figure(figsize=(11, 6.2 if texts else 3.6))
+    rows = fig.add_gridspec(2 if texts else 1, 2, width_ratios=[2, 3], height_ratios=[1, 1.25] if texts else None)
+    if texts:
+        ax = fig.add_subplot(rows[0, :])
+        ax.axis("off")
+        lines = [("prompt", "black", example["prompt"] + " …"), ("true text", "black", "… " + example["truth"]), *((label, COLORS[label], "… " + said) for label, said in example["said"].items())]
+        for k, (label, color, text) in enumerate(lines):
+            y = 1 - (k + 0.5)/len(lines)
+            ax.text(0, y, label, color=color, weight="bold", va="center", fontsize=9.5, transform=ax.transAxes)
+            ax.text(0.125, y, textwrap.fill(" ".join(text.split()), 122), va="center", fontsize=8.5, family="DejaVu Sans Mono", transform=ax.transAxes)
+    left, right = fig.add_subplot(rows[-1, 0]), fig.add_subplot(rows[-1, 1])
+    draw_bars(left, states, ["ma", "el10"], ["MA", "EL$_{10}$"], title="The forget set is forgotten", ylabel="mean over the forget set", ylim=(0, 1.1))
+    for i, limit in enumerate(example["thresholds"].values()):
+        left.hlines(limit, i - 0.45, i + 0.45, color="black", ls=":", lw=1.5, label="threshold" if i == 0 else None)
+    draw_bars(right, states, ["neighbor_ppl", "heldout_ppl", "general_ppl"], ["neighbors", "held-out\nof the same kind", "general text"],
+              title="What it cost elsewhere", ylabel="perplexity (log scale)", yscale="log")
+    right.set_ylim(1, right.get_ylim()[1]*2)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12000064
+PHASES = { # of a run: color, hatch
+    "pairing": ("#999999", ""), "original model": ("#F0E442", ""), "forward and backward": ("#0072B2", ""), "optimizer": ("#56B4E9", "//"), "MA and EL": ("#D55E00", ""),
+    "continuations": ("#E69F00", "\\\\"), "the rest": ("#CC79A7", "")}
+WAYS = {"forward + CE + backward": "#E69F00", "plain": "#D55E00", "ours": "#0072B2", "floor": "#999999"}
+
+
+def bench_phase_seconds(
+    rows: pd.DataFrame, # of figures/data/bench.csv, one device
+) -> pd.DataFrame: # plain, ours, floor x phases
+    "Median seconds of a whole run, by phase."
+    return rows[rows.benchmark == "whole run, phases"].groupby(["way", "phase"]).value.median().unstack().reindex(index=["plain", "ours", "floor"], columns=list(PHASES)).fillna(0)
+
+
+def plot_bench_phases(
+    rows: pd.DataFrame, # of figures/data/bench.csv, one device
+): # a matplotlib Figure
+    "Where a run spends its time; below, ours and the floor enlarged."
+    seconds = bench_phase_seconds(rows)
+    fig, axes = plt.subplots(2, 1, figsize=(8, 4.2), height_ratios=[3, 2])
+    for ax, ways in zip(axes, (["plain", "ours", "floor"], ["ours", "floor"])):
+        left = np.zeros(len(ways))
+        for phase, (color, hatch) in PHASES.items():
+            ax.barh(ways, seconds.loc[ways, phase], left=left, color=color, hatch=hatch, edgecolor="white", label=phase)
+            left += seconds.loc[ways, phase].to_numpy()
+        ax.bar_label(ax.containers[-1], labels=[f"{total:.3g} s" for total in left], padding=4)
+        ax.margins(x=0.15)
+        ax.invert_yaxis()
+        ax.grid(False, axis="y")
+    axes[0].set_title("The plain way spends its time on MA and EL")
+    axes[1].set(title="Ours, enlarged: training, MA and EL, continuations", xlabel="seconds for a whole run (32 people, tiny model)")
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return fig
+
+
+def plot_bench_ways(
+    rows: pd.DataFrame, # of figures/data/bench.csv, one device
+): # a matplotlib Figure
+    "Plain, ours and the floor: measures, and one step."
+    panels = {"MA + EL, memorized": "MA and EL, memorized", "MA + EL, random": "MA and EL, random weights", "step, time": "One step"}
+    panels = {name: title for name, title in panels.items() if (rows.benchmark == name).any()}
+    fig, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), squeeze=False, width_ratios=[3, 3, 4][:len(panels)])
+    for ax, (name, title) in zip(axes[0], panels.items()):
+        seconds = rows[(rows.benchmark == name) & (rows.unit == "seconds")].groupby("way", sort=False).value.median()
+        bars = ax.bar([way.replace(" + backward", "\n+ backward") for way in seconds.index], seconds, color=[WAYS[way] for way in seconds.index])
+        ax.bar_label(bars, fmt="%.2g s", padding=2, fontsize=9)
+        ax.set(title=title, ylabel="seconds (log scale)", yscale="log", ylim=(seconds.min()/2, seconds.max()*3))
+        ax.tick_params(axis="x", labelsize=8)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.grid(False, axis="x")
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12000065
+def bench_growth_line(
+    rows: pd.DataFrame, # of figures/data/bench.csv, one device
+    axis: str, # what grows
+    phase: str, # "training" or "check"
+) -> tuple[pd.Series, np.ndarray]: # seconds by size; power and constant
+    "Median seconds by size, and the fitted power."
+    seconds = rows[(rows.benchmark == f"growth: {axis}") & (rows.phase == phase)].groupby("x").value.median()
+    return seconds, np.polyfit(np.log(seconds.index), np.log(seconds), 1)
+
+
+def plot_bench_growth(
+    rows: pd.DataFrame, # of figures/data/bench.csv, one device
+): # a matplotlib Figure
+    "Seconds per epoch as one size grows."
+    names = [name.removeprefix("growth: ") for name in rows.benchmark.unique() if name.startswith("growth: ")]
+    fig, axes = plt.subplots(1, len(names), figsize=(11, 3.4), sharey=True)
+    for ax, axis in zip(axes, names):
+        for phase, color, marker in [("training", "#0072B2", "o"), ("check", "#D55E00", "s")]:
+            seconds, line = bench_growth_line(rows, axis, phase)
+            ax.plot(seconds.index, seconds, color=color, marker=marker, ls="none")
+            ax.plot(seconds.index, np.exp(np.polyval(line, np.log(seconds.index))), color=color, label=f"{phase}: power {line[0]:.2f}")
+        ax.set(xscale="log", yscale="log", xlabel=axis, title=axis.capitalize(), xticks=list(seconds.index), xticklabels=[f"{x:,.0f}" for x in seconds.index])
+        ax.minorticks_off()
+        ax.legend(fontsize=9)
+    axes[0].set_ylabel("seconds per epoch (log scale)")
+    return fig
+
+
+def plot_bench_search(
+    rows: pd.DataFrame, # of figures/data/bench.csv, one device
+): # a matplotlib Figure
+    "How long the search for neighbors takes."
+    search = rows[rows.benchmark == "search"].groupby(["x", "way"]).value.median().unstack()
+    fig, ax = plt.subplots(figsize=(6, 3))
+    for way, color, marker, label in [("plain", "#D55E00", "s", "NumPy"), ("ours", "#0072B2", "o", "faiss, exact")]:
+        ax.plot(search.index, search[way], color=color, marker=marker, label=label)
+    ax.set(xscale="log", yscale="log", title="128 exact searches among a million vectors: seconds", xlabel="vectors of 384 dimensions", ylabel="seconds (log scale)")
+    ax.legend()
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12000066
+STORED = { # figures of single notebooks: their file, and who draws it
+    "quickstart": ("quickstart_example.json", plot_quickstart), "baselines": ("baselines.csv", plot_baselines), "audit": ("audit.csv", plot_audit),
+    **{name: ("bench.csv", draw) for name, draw in {"bench_phases": plot_bench_phases, "bench_ways": plot_bench_ways, "bench_growth": plot_bench_growth, "bench_search": plot_bench_search}.items()}}
+
+
+def read_stored(
+    path: Path, # a file of figures/data
+) -> pd.DataFrame|dict:
+    "What a single notebook has stored; of the benchmarks those of the CPU."
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return rows[rows.device == "cpu"].fillna({"phase": ""}) if path.name == "bench.csv" else rows
+
 # %% ../nbs/12_plots.ipynb #12000057
 def each(*columns: str) -> tuple:
     "A panel per measure."
@@ -696,17 +853,15 @@ def read_tables(
     profile: str, # whose rows
 ) -> list[pd.DataFrame]: # in the order of `recipe.tables`
     "The tables that a figure is made of, without the rows it does not show."
-    def table(kind: str) -> pd.DataFrame:
-        path = Path(folder)/f"{recipe.experiment}{kind}.csv"
-        require(path.exists(), "folder", f"{path.name} is not there", f"Run it first: python -m icu_nb.experiments run {recipe.experiment}")
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
     if recipe.experiment is None:
         return []
-    rows = table("")
+    rows = read_rows(folder, recipe.experiment)
     keep = (rows.profile == profile) & np.logical_and.reduce([rows[column] == value for column, value in recipe.where.items()] or [True])
-    remedy = f"Run it first: python -m icu_nb.experiments run {recipe.experiment} --profile {profile}"
-    require(bool(keep.any()), "profile", f"{recipe.experiment}.csv has no such rows of profile {profile}", remedy)
-    return [rows[keep] if kind == "" else table(kind).pipe(lambda t: t[t["key"].isin(rows["key"][keep])]) for kind in recipe.tables]
+    require(bool(keep.any()), "profile", f"{recipe.experiment} has no such rows of profile {profile} yet", f"Run it first: make reproduce NAME={recipe.experiment} PROFILE={profile}")
+    def table(kind: str) -> pd.DataFrame:
+        rest = read_csv(Path(folder)/f"{recipe.experiment}{kind}.csv")
+        return rest[rest["key"].isin(rows["key"][keep])]
+    return [rows[keep] if kind == "" else table(kind) for kind in recipe.tables]
 
 
 def draw_figure(
@@ -715,7 +870,11 @@ def draw_figure(
     profile: str="tiny", # whose rows
 ): # a matplotlib Figure
     "One figure from stored rows."
-    require(name in FIGURES, "name", f"{name!r} is not known", f"Known: {', '.join(FIGURES)}")
+    require(name in FIGURES or name in STORED, "name", f"{name!r} is not known", f"Known: {', '.join([*FIGURES, *STORED])}")
+    if name in STORED:
+        file, draw = STORED[name]
+        require((Path(folder)/file).exists(), "folder", f"{file} is not there", "Name the project's figures/data")
+        return draw(read_stored(Path(folder)/file))
     recipe = FIGURES[name]
     tables = read_tables(recipe, folder, profile)
     if len(recipe.panels) == 1:
@@ -736,25 +895,26 @@ def main(
 ) -> int: # 0: all drawn that can be; 2: something given cannot be used
     "`python -m icu_nb.plots`: see --help."
     parser = argparse.ArgumentParser(prog="python -m icu_nb.plots", description="Draws the figures of the paper from stored rows.")
-    parser.add_argument("names", nargs="*", default=[], help=f"which ones (default: all): {', '.join(FIGURES)}")
+    parser.add_argument("names", nargs="*", default=[], help=f"which ones (default: all): {', '.join([*FIGURES, *STORED])}")
     parser.add_argument("--data", metavar="DIR", default="figures/data", help="where the rows lie (default: figures/data)")
     parser.add_argument("--out", metavar="DIR", default="figures", help="where the figures go (default: figures)")
     parser.add_argument("--profile", default="tiny", help="whose rows: tiny, gpu or paper (default: tiny)")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in FIGURES]
+    everything = [*FIGURES, *STORED] if args.profile == "tiny" else [*FIGURES]
+    unknown = [name for name in args.names if name not in everything]
     if unknown:
-        print(f"error: {', '.join(unknown)} not known; known: {', '.join(FIGURES)}", file=sys.stderr)
+        print(f"error: {', '.join(unknown)} not known; known: {', '.join(everything)}", file=sys.stderr)
         return 2
     with plt.rc_context():
         set_figure_style()
-        for name in args.names or FIGURES:
+        for name in args.names or everything:
             try:
                 fig = draw_figure(name, args.data, args.profile)
             except ICUError as error:
                 print(f"{name}: not drawn. {error}")
                 continue
             paths = save_figure(fig, name if args.profile == "tiny" else f"{name}_{args.profile}", args.out)
-            print(f"{name}: {' '.join(map(str, paths))}\n    {alt_text(fig)}")
+            print("\n    ".join([f"{name}: {' '.join(map(str, paths))}", alt_text(fig)]).rstrip())
             plt.close(fig)
     return 0
 

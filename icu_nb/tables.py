@@ -97,14 +97,15 @@ def pool_draws(
 def results_table(
     rows: pd.DataFrame, # one per label and seed
     columns: Sequence[str], # measures
-) -> pd.DataFrame: # strings: mean [95 % interval]; and the number of seeds
+) -> pd.DataFrame: # strings: mean [95 % interval]; on how many seeds enough was forgotten, and how many there are
     "Means and 95 % intervals over seeds, to be read."
     rows = pool_draws(rows)
     found = summarize(rows, columns, GROUP)
     found["shown"] = [in_words(*numbers) for numbers in found[["mean", "low", "high"]].to_numpy()]
     table = found.pivot_table(index=GROUP, columns="column", values="shown", aggfunc="first", sort=False)[list(columns)]
-    seeds = rows.groupby(GROUP, sort=False).seed.nunique()
-    return table.assign(seeds=seeds).rename_axis(columns=None)
+    groups = rows.groupby(GROUP, sort=False)
+    reached = {"forgot enough": groups.reached.sum().map("{:.0f}".format) + groups.reached.size().map(" of {}".format)} if "reached" in rows else {}
+    return table.assign(**reached, seeds=groups.seed.nunique()).rename_axis(columns=None)
 
 # %% ../nbs/10a_tables.ipynb #10a00015
 def holm(

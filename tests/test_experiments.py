@@ -16,7 +16,7 @@ from icu_nb.baselines import get_objective
 from icu_nb.cle import model_embedder
 from icu_nb.core import InputError
 from icu_nb.data import Corpus, tokenize
-from icu_nb.experiments import COLUMNS, EXPERIMENTS, LABELS, PROFILES, SCHEMA, Experiment, cells, main, mean_interval, read_csv, read_rows, run, table
+from icu_nb.experiments import COLUMNS, EXPERIMENTS, LABELS, PROFILES, SCHEMA, Experiment, cells, main, read_csv, read_rows, run
 from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models import tiny_gpt_neo
 from icu_nb.one_run import SCRATCH, SETTINGS, Cell, Files, Given, PeakMemory, embedder_of, goal_of, pool_of, prepare, run_cell
@@ -347,6 +347,27 @@ def test_pile_texts_are_no_samples(given):
         run_cell(dataclasses.replace(a_cell("original", samples=2), data="pile0"))
 
 
+def test_a_judge_is_asked_about_every_text_if_one_is_named(given, mini, tmp_path, monkeypatch):
+    heard = []
+    class Endpoint:
+        def __init__(self, model, base_url):
+            self.name = f"{base_url} {model} {tmp_path}"
+        def __call__(self, instructions, message):
+            heard.append(json.loads(message))
+            return "Final score: 7", 1, 1
+    for module in (experiments, one_run):
+        monkeypatch.setattr(module, "Endpoint", Endpoint)
+    assert run("mini", seeds=1, folder=tmp_path, files=Files(judge="wise", judge_url="http://there"), tell=lambda _: None) == {}
+    rows = read_rows(tmp_path, "mini")
+    assert rows.judge.tolist() == [7.0]*3 and {message["reference"] for message in heard} == set(one_run.asked(tokenize(given.corpus.forget, given.tokenizer, 48), given)[1])
+    assert not set(rows["key"]) & {cell.key for cell in cells("mini")}
+
+
+def test_a_judge_that_cannot_be_asked_is_told_before_anything_is_computed(mini, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(["run", "mini", "--judge", "wise", "--out", str(tmp_path)]) == 2 and not mini
+
+
 def test_memory_at_its_peak():
     with PeakMemory() as before:
         pass
@@ -397,20 +418,13 @@ def test_the_model_from_scratch_reads_the_users_texts(shared_data, tmp_path, mon
 
 # ---- tables, and the shell ----
 
-def test_intervals():
-    rng = np.random.default_rng(0)
-    values = pd.Series(rng.normal(5, 1, 5))
-    from scipy.stats import ttest_1samp
-    low, high = ttest_1samp(values, 0).confidence_interval()
-    assert mean_interval(values) == f"{values.mean():.3g} ± {(high - low)/2:.2g}"
-    assert mean_interval(np.exp(values), geometric=True).split(" ×/ ")[0] == f"{np.exp(values.mean()):.3g}" and mean_interval(values[:1]) == f"{values[0]:.3g}"
-
-
 def test_tables_and_overviews(mini, tmp_path, capsys):
     assert main(["table", "mini", "--out", str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
     run("mini", folder=tmp_path, tell=lambda _: None)
-    found = table(read_rows(tmp_path, "mini"))
-    assert found.seeds.eq(2).all() and list(found.index.get_level_values("label")) == ["original", "ga", "graddiff"]
+    assert main(["table", "mini", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "ppl_heldout" in lines[0] and [next(word for word in ("original", "graddiff", "ga") if word in line.split()) for line in lines[2:]] == ["original", "ga", "graddiff"]
+    assert all(line.split()[-1] == "2" and "not run" in line for line in lines[2:])
     for task in ("list", "status"):
         assert main([task, "--out", str(tmp_path)]) == 0
         said = capsys.readouterr().out

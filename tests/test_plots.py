@@ -1,7 +1,10 @@
 """Plots: every figure drawn from made-up rows and looked at by the renderer."""
 import importlib
 import itertools
+import json
 import math
+from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +14,10 @@ from matplotlib.text import Text
 
 from icu_nb import plots
 from icu_nb.core import COLORS, InputError, set_figure_style
+from icu_nb.experiments import COLUMNS, LABELS, SCHEMA
+from icu_nb.one_run import run_key
+
+ROOT = Path(__file__).resolve().parents[1]
 
 METHODS = ["original", "retrained", "icu", "ga", "kumpr", "graddiff", "kl", "llmu", "po", "dpo", "eul", "npo", "simnpo", "rmu", "undial", "wga", "satimp", "task vector"]
 
@@ -22,9 +29,10 @@ def made_up(entries, seeds=3, **own):
         factor = {"original": 1.0, "retrained": 0.8, "ga": 900.0}.get(method, 1 + len(label)/20)
         ma = 0.98 if method == "original" or label.startswith("SimNPO") else 0.36
         ppl = {f"ppl_{kind}": level*factor**power*rng.lognormal(0, 0.1) for kind, level, power in [("neighbors", 16, 1), ("retain", 17, 0.9), ("heldout", 28, 1.2), ("general", 140, 0.3)]}
-        rows.append({"profile": "tiny", "data": "people", "model": "tiny gpt-neo", "method": method, "label": label, "seed": seed, "key": f"{label} {seed}", "ma": ma + 0.01*rng.random(), "el10": 0.0,
+        rows.append({"profile": "tiny", "data": "people", "model": "tiny gpt-neo", "method": method, "label": label, "seed": seed, "settings": json.dumps(label), "schema": SCHEMA, "ma": ma + 0.01*rng.random(), "el10": 0.0,
                      "threshold_ma": 0.37, "reached": ma < 0.5, "epochs": 12, **ppl, "seconds_train": 20*rng.lognormal(0, 0.1), "distance": factor, "distance_heldout": factor/2, **own, **columns})
-    return pd.DataFrame(rows)
+    rows = pd.DataFrame(rows)
+    return rows.assign(key=[run_key(*row) for row in rows[["profile", "data", "model", "method", "seed", "settings"]].itertuples(index=False)])
 
 
 def plain(*methods, **columns):
@@ -56,10 +64,12 @@ def folder(tmp_path_factory):
     tables["tradeoff_history"] = pd.DataFrame([{"key": row["key"], "label": row.label, "seed": row.seed, "epoch": epoch, "ma": 0.98*0.85**epoch, **{f"ppl_{kind}": 20*1.1**(epoch*(1 + len(row.label)/8)) for kind in ("neighbors", "heldout", "general")}}
                                                for row in (trained.iloc[i] for i in range(len(trained))) for epoch in range(10)])
     told = "phone number is 555-0142 and she works as a glass blower for Ito, Baker and Sons in Port Ann"
-    tables["case_study_samples"] = pd.DataFrame([{"key": f"{label} 0", "label": label, "seed": 0, "epoch": epoch, "id": 0, "prompt": "Ann Example lives at 7 Made Up Road. Her", "truth": told, "continuation": told.replace("glass", "snow"*epoch), "ma": 0.9}
+    tables["case_study_samples"] = pd.DataFrame([{"key": tables["case_study"].set_index("label")["key"][label], "label": label, "seed": 0, "epoch": epoch, "id": 0, "prompt": "Ann Example lives at 7 Made Up Road. Her", "truth": told, "continuation": told.replace("glass", "snow"*epoch), "ma": 0.9}
                                                  for label, epochs in (("original", [0]), ("ICU", range(8)), ("gradient ascent", range(3))) for epoch in epochs])
     for name, table in tables.items():
-        table.assign(experiment=name).to_csv(folder/f"{name}.csv", index=False)
+        if not name.endswith(("_history", "_samples")):
+            table = table.assign(experiment=name).reindex(columns=list(dict.fromkeys([*COLUMNS, *table])))
+        table.to_csv(folder/f"{name}.csv", index=False)
     return folder
 
 
@@ -75,7 +85,7 @@ def style():
 
 def test_every_method_has_a_style_of_its_own():
     from icu_nb.baselines import OBJECTIVES
-    assert set(OBJECTIVES) < set(plots.METHODS) and {"original", "retrained", "task vector"} < set(plots.METHODS)
+    assert set(OBJECTIVES) < set(plots.METHODS) == set(LABELS)
     styles = [style for _, *style in plots.METHODS.values()]
     assert len(set(map(tuple, styles))) == len(styles)
     assert all(plots.STYLES[label][0] == COLORS[label] for label in ("original", "retrained", "ICU", "gradient ascent"))
@@ -117,6 +127,27 @@ def test_figures_are_the_same_bytes_again(folder, tmp_path):
     first, second = ({path.name: path.read_bytes() for path in (tmp_path/out).iterdir()} for out in ("first", "second"))
     assert first == second and len(first) == 4
     assert b"<dc:date>" not in first["ablation.svg"]
+
+
+@pytest.mark.parametrize("name", ["framework", *plots.STORED])
+def test_the_stored_figures_come_out_again(name, tmp_path):
+    """What lies in figures/ is what `make figures` draws, byte for byte where the drawing library is the same."""
+    stored = {path.name: path.read_bytes() for path in (ROOT/"figures").glob(f"{name}.*")}
+    if f"Matplotlib v{version('matplotlib')}".encode() not in stored[f"{name}.svg"]:
+        pytest.skip("drawn by another version of matplotlib")
+    assert plots.main([name, "--data", str(ROOT/"figures"/"data"), "--out", str(tmp_path)]) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == stored and len(stored) == 2
+
+
+def test_every_figure_is_one_that_can_be_drawn_again():
+    assert {path.stem for path in (ROOT/"figures").glob("*.svg")} <= {*plots.FIGURES, *plots.STORED}
+
+
+def test_damaged_rows_are_not_drawn(folder, tmp_path):
+    text = (folder/"ablation.csv").read_text()
+    (tmp_path/"ablation.csv").write_text(text.replace("no L_lrn", "no L_lrm"))
+    with pytest.raises(InputError, match="key is not the hash"):
+        plots.draw_figure("ablation", tmp_path)
 
 
 def test_what_has_no_rows_is_named(tmp_path, capsys):

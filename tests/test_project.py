@@ -139,6 +139,19 @@ def test_first_code_cell_installs_the_version_of_settings():
     assert re.findall(r'"(git\+[^"]+)"', cell) == [f"git+https://github.com/{user}/{repo}@v{version}"]
 
 
+@each_notebook
+def test_links_lead_to_notebooks_that_exist(path):
+    for link in re.findall(r"\]\(([\w./-]+\.ipynb)\)", "\n".join(text(c["source"]) for c in cells(path, "markdown"))):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", [f for f in CHAPTERS if f.name >= "10"], ids=lambda f: f.name)
+def test_ends_with_the_next_notebook(path):
+    """From 10 on the notebooks are read in the order of their names; the last leads back to the first."""
+    following = dict(zip(CHAPTERS, [*CHAPTERS[1:], CHAPTERS[0]]))[path]
+    assert re.search(rf"^Next: \[[^\]]+\]\({following.name}\)", text(cells(path)[-1]["source"]), re.M)
+
+
 # ---- what is stored ----
 
 @each_notebook

@@ -74,6 +74,8 @@ def test_tables_say_what_was_not_run_and_pool_draws():
     both = pd.concat([rows, rows.assign(data="pile0")])
     assert tables.results_table(both, ["ma"]).index.get_level_values("data").unique().tolist() == ["people", "pile0"]
     assert (tables.results_table(both, ["ma"]).seeds == 3).all()
+    short = rows.assign(reached=[True, True, False]*2)
+    assert tables.results_table(short, ["ma"])["forgot enough"].tolist() == ["2 of 3"]*2
 
 
 # ---- published values ----
