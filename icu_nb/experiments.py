@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'COLUMNS', 'LABELS', 'ABLATION', 'WEIGHTS', 'RATES', 'EXPERIMENTS', 'NEIGHBORS', 'RULE', 'OWN', 'THRESHOLDS',
-           'MANY', 'FEW', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS',
+           'MANY', 'FEW', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS', 'SPOKEN',
            'MEMORIZING', 'TRAINING', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile', 'known', 'cells',
            'read_csv', 'read_rows', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration', 'make_or_copy', 'run',
-           'make_parser', 'overview', 'main']
+           'grid_table', 'load_rows', 'make_parser', 'overview', 'main']
 
 # %% ../nbs/11_experiments.ipynb #11000004
 import argparse, contextlib, dataclasses, functools, io, json, math, sys, time, warnings
@@ -186,6 +186,7 @@ def cells(
 
 # %% ../nbs/11_experiments.ipynb #11000046
 TEXT_COLUMNS = ["experiment", "profile", "data", "model", "method", "label", "settings", "key", "stop_reason", "device", "machine", "commit", "versions"]
+SPOKEN = ["prompt", "truth", "continuation"] # of the samples
 
 
 def read_csv(
@@ -195,13 +196,13 @@ def read_csv(
     remedy = "Nothing was changed: mend it, or move it away and run the experiment again"
     try:
         require(path.read_bytes().endswith(b"\n"), "folder", f"{path.name} is damaged: its end is missing", remedy)
-        table = pd.read_csv(path, dtype=dict.fromkeys([*TEXT_COLUMNS, "continuation", "prompt", "truth"], str), keep_default_na=False, na_values=[""])
+        table = pd.read_csv(path, dtype=dict.fromkeys([*TEXT_COLUMNS, *SPOKEN], str), keep_default_na=False, na_values=[""])
     except InputError:
         raise
     except (ValueError, OSError) as error: # pandas' own errors among them
         raise InputError(f"`folder`: {path.name} is damaged ({first_line(error)}). {remedy}.") from error
     require("key" in table and table["key"].notna().all(), "folder", f"{path.name} is damaged: rows without a key", remedy)
-    return table
+    return table.fillna(dict.fromkeys(SPOKEN, "")) # a model may say nothing
 
 
 def read_rows(
@@ -350,6 +351,35 @@ def run(
         row = read_rows(folder, name).set_index("key").loc[cell.key]
         tell(f"{name} {number + 1}/{len(todo)}  {where}: MA {row.ma:.3f}, {duration(row.seconds_train + row.seconds_check + row.seconds_evaluate)}; {duration(pace*sum(left[number + 1:]))} left" + "".join(f"; {what}" for what in unmeasured))
     return missing
+
+# %% ../nbs/11_experiments.ipynb #11000064
+def grid_table(
+    name: str, # a key of `EXPERIMENTS`
+    profile: str="tiny", # a key of `PROFILES`
+) -> pd.DataFrame: # a row per data, model and label: method, settings
+    "What is run: the settings that differ from the defaults, and those of the loss."
+    found = {}
+    for cell in cells(name, profile, 1):
+        changed = {option: value for option, value in cell.options.items() if value != SETTINGS[option] and option != "loss"} | cell.options["loss"]
+        found[cell.data, cell.model, cell.label] = {"method": cell.method, "settings": ", ".join(f"{option} = {value}" for option, value in changed.items())}
+    return pd.DataFrame(found).T.rename_axis(["data", "model", "label"])
+
+
+def load_rows(
+    name: str, # a key of `EXPERIMENTS`
+    folder: str|Path="figures/data", # where the tables lie
+    rerun: bool=False, # first make the runs that are not there
+) -> pd.DataFrame: # of profile tiny
+    "The stored rows of a notebook; what is missing, and where the others come from, is printed."
+    if rerun:
+        run(name, folder=folder)
+    rows, plan = read_rows(folder, name), cells(name)
+    rows, todo = rows[rows.profile == "tiny"], [cell for cell in plan if cell.key not in set(rows["key"])]
+    for (device, place, threads, commit), group in rows.groupby(["device", "machine", "threads", "commit"], dropna=False):
+        print(f"{len(group)} rows: {device}, {place}, {threads} thread(s), commit {commit}")
+    if todo:
+        print(f"Not measured yet: {len(todo)} of {len(plan)} runs, about {duration(sum(guesses(todo)))} on two CPU cores (an estimate). make reproduce NAME={name} makes them.")
+    return rows
 
 # %% ../nbs/11_experiments.ipynb #11000058
 SHOWN = ["ma", "el10", "epochs", "ppl_neighbors", "ppl_retain", "ppl_heldout", "ppl_general", "acc_retain", "seconds_train"]

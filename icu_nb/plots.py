@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'STYLES', 'KINDS', 'MEASURES', 'HOLLOW', 'LINE', 'LEFT', '
            'plot_tradeoff', 'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework', 'draw_bars',
            'plot_quickstart', 'bench_phase_seconds', 'plot_bench_phases', 'plot_bench_ways', 'bench_growth_line',
            'plot_bench_growth', 'plot_bench_search', 'read_stored', 'each', 'Recipe', 'read_tables', 'draw_figure',
-           'main']
+           'show_figure', 'main']
 
 # %% ../nbs/12_plots.ipynb #12000004
 import argparse, difflib, json, math, sys, textwrap
@@ -26,7 +26,7 @@ from matplotlib.colors import LogNorm, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import ScaledTranslation
-from .core import COLORS, ICUError, require, save_figure, set_figure_style
+from .core import COLORS, ICUError, InputError, require, save_figure, set_figure_style
 from .baselines import plot_baselines
 from .privacy import plot_audit
 from .tables import check_rows, in_words, interval, multiplies, number, significance, summarize
@@ -888,6 +888,19 @@ def draw_figure(
     if recipe.note:
         fig.supxlabel(recipe.note, fontsize=8.5, x=0.01, ha="left", color="#444444")
     return fig
+
+
+def show_figure(
+    name: str, # a key of `FIGURES` or of `STORED`
+    folder: str|Path="figures/data", # where the rows lie
+    profile: str="tiny", # whose rows
+) -> None:
+    "A figure on the page, or what is missing."
+    try:
+        draw_figure(name, folder, profile)
+        plt.show()
+    except InputError as error:
+        print(f"{name}: not drawn. {error}")
 
 
 def main(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'multiplies', 'interval', 'check_rows', 'summarize', 'number', 'in_words', 'pool_draws', 'results_table',
-           'holm', 'paired', 'significance', 'read_published', 'beside_published']
+           'holm', 'paired', 'significance', 'verdict', 'read_published', 'beside_published']
 
 # %% ../nbs/10a_tables.ipynb #10a00004
 import math
@@ -151,6 +151,23 @@ def significance(
         tables.append(pd.DataFrame(found).assign(p_holm=lambda t: holm(t.p)))
     return pd.concat(tables, ignore_index=True)
 
+# %% ../nbs/10a_tables.ipynb #10a00021
+def verdict(
+    rows: pd.DataFrame, # of one data set and model
+    column: str, # a measure
+    against: str="ICU", # label that the others are compared with
+) -> str:
+    "Who is clearly over, who clearly under (Holm-corrected p under 0.05), and who cannot be told apart."
+    if against not in set(rows.label) or rows.label.nunique() < 2 or rows[column].isna().all():
+        return f"{column}, against {against}: not measured yet"
+    found = significance(rows, [column], against).sort_values("effect", ascending=False, kind="stable")
+    same, sign = (1, "×") if multiplies(column) else (0, "+")
+    name = lambda label: f"“{label}”" if "," in label else label
+    by = lambda one: f"{name(one.label)} ({sign if one.effect > 0 else ''}{number(one.effect)})"
+    clear = found.p_holm < 0.05
+    parts = {"clearly higher": map(by, found[clear & (found.effect > same)].itertuples()), "clearly lower": map(by, found[clear & (found.effect < same)].itertuples()), "no difference shown": map(name, found[~clear].label)}
+    return f"{column}, against {against}: " + "; ".join(f"{said}: {', '.join(names)}" for said, names in ((said, list(names)) for said, names in parts.items()) if names)
+
 # %% ../nbs/10a_tables.ipynb #10a00018
 def read_published(
     folder: str|Path="figures/data", # where published.csv lies
@@ -170,7 +187,8 @@ def beside_published(
     "Published values, and ours beside them."
     def said(line) -> str:
         return f"{line.low:g}" if line.high == line.low else f"over {line.low:g}" if math.isnan(line.high) else f"{line.low:g} to {line.high:g}"
-    ours = summarize(pool_draws(rows), [column for column in published.column.unique() if column in rows], GROUP)
+    columns = [column for column in published.column.unique() if column in rows]
+    ours = summarize(pool_draws(rows), columns, GROUP) if len(rows) else pd.DataFrame(columns=["column", "label"])
     lines = []
     for line in published.itertuples():
         mine = ours[(ours.column == line.column) & (ours.label == line.label)]

@@ -242,6 +242,19 @@ def test_labels_and_commits_stay_text(stored):
     assert read_rows(stored.parent, "mini").commit.tolist() == ["012345678901", "1e5", "123456789012+"]
 
 
+def test_silence_is_kept_as_such(tmp_path):
+    (tmp_path/"x.csv").write_text("key,prompt,truth,continuation\nk,before,NA,\n")
+    assert read_csv(tmp_path/"x.csv").iloc[0].tolist() == ["k", "before", "NA", ""]
+
+
+def test_a_notebook_is_told_what_is_missing(mini, tmp_path, capsys):
+    assert experiments.load_rows("mini", tmp_path).empty and "6 of 6 runs" in capsys.readouterr().out
+    run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    assert len(experiments.load_rows("mini", tmp_path)) == 3 and "3 of 6 runs" in capsys.readouterr().out
+    assert len(experiments.load_rows("mini", tmp_path, rerun=True)) == 6 and "Not measured yet" not in capsys.readouterr().out
+    assert experiments.grid_table("mini").settings["people", "tiny gpt-neo", "ga"].split(", ")[:2] == ["batch_size = 4", "lr = 0.002"]
+
+
 # ---- one run ----
 
 def test_neighbors_of_every_kind(given):

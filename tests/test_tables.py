@@ -78,6 +78,17 @@ def test_tables_say_what_was_not_run_and_pool_draws():
     assert tables.results_table(short, ["ma"])["forgot enough"].tolist() == ["2 of 3"]*2
 
 
+def test_a_verdict_names_who_is_clearly_higher_and_lower():
+    rows = made_up("ICU", "A", "B, too", "C", seeds=5)
+    wide = rows.pivot(index="seed", columns="label", values="ppl_heldout")["ICU"]
+    factor = {"ICU": 1.0, "A": 3.0, "B, too": 0.5, "C": 1.0}
+    rows["ppl_heldout"] = [wide[seed]*factor[label]*(1 + 0.01*(-1)**seed*(label != "ICU")) for label, seed in zip(rows.label, rows.seed)]
+    said = tables.verdict(rows, "ppl_heldout")
+    assert "clearly higher: A (×3" in said and "clearly lower: “B, too” (×0.5" in said and said.endswith("no difference shown: C")
+    for nothing in (rows[:0], rows[rows.label == "ICU"], rows.assign(ppl_heldout=math.nan)):
+        assert tables.verdict(nothing, "ppl_heldout").endswith("not measured yet")
+
+
 # ---- published values ----
 
 def test_published_values_are_those_reported(shared_data, request):
@@ -92,6 +103,7 @@ def test_published_values_stand_beside_ours_in_their_unit(request):
     rows = made_up("original", "ICU", "KL", "KUMPR").assign(classification=0.5)
     beside = tables.beside_published(rows, tables.read_published(request.config.rootpath/"figures"/"data")).set_index(["measure", "method"])
     assert beside.ours["classification", "ICU"].startswith("50 [") and beside.ours["ppl_pile", "ICU"] == "not run"
+    assert (tables.beside_published(rows[:0], tables.read_published(request.config.rootpath/"figures"/"data")).ours == "not run").all()
     assert beside.published["ppl_pile", "KUMPR"] == "over 10000" and beside.published["epochs", "ICU"] == "21.4 to 32.6"
 
 
