@@ -333,7 +333,7 @@ OBJECTIVES = {
 
 def get_objective(
     name: str, # of the method, in small letters
-    **settings, # of its loss; what is left out is as published (EUL's was not checked)
+    **settings, # of its loss; what is left out is as published (EUL's as in re-implementations)
 ) -> Callable: # (model, batch, reference) -> named loss terms, for `unlearn(..., objective=)`
     "A method's objective by its name."
     require(name in OBJECTIVES, "name", f"{name!r} is not known", f"Known: {', '.join(OBJECTIVES)}")
@@ -386,7 +386,7 @@ def add_vector(
 PUBLISHED = { # method: learning rate, texts per step, epochs, source
     "icu": (5e-6, 8, None, "arXiv 2407.20271, its code"), "ga": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kumpr": (5e-5, 32, 20, "arXiv 2210.01504, its code: all 32 texts in one step"),
     "graddiff": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kl": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "llmu": (2e-6, 2, None, "arXiv 2310.10683, its code: 1,000 steps"),
-    "po": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "dpo": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "eul": (None, None, None, "arXiv 2310.20150: not looked up"),
+    "po": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "dpo": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "eul": (None, None, None, "arXiv 2310.20150: not checked"),
     "npo": (1e-5, 32, 10, "arXiv 2404.05868, its code"), "simnpo": (1e-5, 32, 10, "open-unlearning"), "rmu": (5e-5, 4, None, "arXiv 2403.03218, its code: 150 steps"),
     "undial": (1e-4, 16, 10, "open-unlearning; with LoRA"), "wga": (1e-5, 16, 5, "open-unlearning"), "satimp": (1e-5, 16, 5, "open-unlearning"),
     "task vector": (1e-5, 32, 5, "arXiv 2212.04089, GPT-2")}
