@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'PUBLISHED', 'TINY', 'KINDS', 'counted', 'per_token', 'log_p', 'token_log_probs', 'original_answers',
            'original_log_probs', 'token_mean', 'Objective', 'GradDiff', 'KL', 'EUL', 'fuse_by_least_squares',
            'mismatched', 'LLMU', 'PO', 'NPO', 'SimNPO', 'DPO', 'WGA', 'SatImp', 'UNDIAL', 'layers_of', 'layer_states',
-           'RMU', 'get_objective', 'retrain', 'task_vector', 'add_vector', 'interval_of_three', 'plot_baselines']
+           'RMU', 'get_objective', 'retrain', 'task_vector', 'add_vector', 'geometric_interval', 'plot_baselines']
 
 # %% ../nbs/08_baselines.ipynb #f50e2c71
 import copy, dataclasses
@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import LogLocator
+from scipy.stats import t as student
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -337,7 +338,7 @@ OBJECTIVES = {
 
 def get_objective(
     name: str, # of the method, in small letters
-    **settings, # of its loss; what is left out is as published (EUL's was not checked)
+    **settings, # of its loss; what is left out is as published (EUL's as in re-implementations)
 ) -> Callable: # (model, batch, reference) -> named loss terms, for `unlearn(..., objective=)`
     "A method's objective by its name."
     require(name in OBJECTIVES, "name", f"{name!r} is not known", f"Known: {', '.join(OBJECTIVES)}")
@@ -390,7 +391,7 @@ def add_vector(
 PUBLISHED = { # method: learning rate, texts per step, epochs, source
     "icu": (5e-6, 8, None, "arXiv 2407.20271, its code"), "ga": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kumpr": (5e-5, 32, 20, "arXiv 2210.01504, its code: all 32 texts in one step"),
     "graddiff": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "kl": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "llmu": (2e-6, 2, None, "arXiv 2310.10683, its code: 1,000 steps"),
-    "po": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "dpo": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "eul": (None, None, None, "arXiv 2310.20150: not looked up"),
+    "po": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "dpo": (1e-5, 32, 5, "TOFU, arXiv 2401.06121"), "eul": (None, None, None, "arXiv 2310.20150: not checked"),
     "npo": (1e-5, 32, 10, "arXiv 2404.05868, its code"), "simnpo": (1e-5, 32, 10, "open-unlearning"), "rmu": (5e-5, 4, None, "arXiv 2403.03218, its code: 150 steps"),
     "undial": (1e-4, 16, 10, "open-unlearning; with LoRA"), "wga": (1e-5, 16, 5, "open-unlearning"), "satimp": (1e-5, 16, 5, "open-unlearning"),
     "task vector": (1e-5, 32, 5, "arXiv 2212.04089, GPT-2")}
@@ -405,12 +406,12 @@ TINY = { # method: learning rate and settings for the tiny model; a second word 
 KINDS = ["neighbors", "other retain", "held-out", "general"] # of text
 
 
-def interval_of_three(
-    values: Sequence[float], # one per seed; with other than three there are no ends
+def geometric_interval(
+    values: Sequence[float], # one per seed; with a single one there are no ends
 ) -> np.ndarray: # [3]: geometric mean, and the ends of its 95 % t-interval
-    "What three seeds say together."
+    "What the seeds say together."
     logs = np.log(np.asarray(values, dtype=float))
-    half = 4.303*logs.std(ddof=1)/3**0.5 if len(logs) == 3 else np.nan # Student's t with two degrees of freedom
+    half = student.ppf(0.975, len(logs) - 1)*logs.std(ddof=1)/len(logs)**0.5 if len(logs) > 1 else np.nan
     return np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
 
 # %% ../nbs/08_baselines.ipynb #9eeb6c83
@@ -423,11 +424,11 @@ def plot_baselines(
     fig, axes = plt.subplots(1, 4, figsize=(11, 5), sharey=True)
     for ax, kind in zip(axes, KINDS):
         for y, name in enumerate(order):
-            mean, low, high = interval_of_three(by.get_group(name)[kind])
+            mean, low, high = geometric_interval(by.get_group(name)[kind])
             color = {"original": COLORS["original"], "retrained": COLORS["retrained"], "icu": COLORS["ICU"], "icu by MA": COLORS["ICU"], "ga": COLORS["gradient ascent"]}.get(name, "black")
             ax.plot([low, high], [y, y], color=color, lw=1.5)
             ax.plot(mean, y, "o", color=color, mfc=color if by.get_group(name).reached.all() else "white")
-        ax.axvline(interval_of_three(by.get_group("retrained")[kind])[0], color=COLORS["retrained"], lw=1, ls="--")
+        ax.axvline(geometric_interval(by.get_group("retrained")[kind])[0], color=COLORS["retrained"], lw=1, ls="--")
         ax.set(title=kind, xscale="log", xlabel="perplexity (log scale)")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter("{x:g}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HARNESS_TASKS', 'FILE_TASKS', 'PAPER_TASKS', 'find_facts', 'people_questions', 'people_tasks', 'write_task',
-           'lambada_questions', 'pubmed_questions', 'wilson_interval', 'quiet_harness', 'first_line', 'task_row',
-           'have', 'load_tasks', 'evaluate_tasks', 'answer_words', 'unigram_f1', 'clean_turn', 'dialogue_prompt',
-           'reply_text', 'reply_losses', 'dialogue_scores', 'validation_texts', 'suite_parts', 'evaluate_utility']
+           'lambada_questions', 'pubmed_questions', 'quiet_harness', 'first_line', 'task_row', 'have', 'load_tasks',
+           'evaluate_tasks', 'answer_words', 'unigram_f1', 'clean_turn', 'dialogue_prompt', 'reply_text',
+           'reply_losses', 'dialogue_scores', 'validation_texts', 'suite_parts', 'evaluate_utility']
 
 # %% ../nbs/09_utility.ipynb #09000004
 import contextlib, copy, importlib.util, io, json, logging, math, random, re, string, tempfile, warnings
@@ -19,6 +19,7 @@ from .iur import continuations
 from .metrics import context_length, evaluating, halving_batches, perplexity
 from .models import recipe_key, token_losses
 import pandas as pd
+from scipy.stats import binomtest
 
 # %% ../nbs/09_utility.ipynb #09000007
 def find_facts(
@@ -104,16 +105,6 @@ def pubmed_questions(
 
 FILE_TASKS = {"lambada": lambada_questions, "pubmed_qa": pubmed_questions}
 
-# %% ../nbs/09_utility.ipynb #09000019
-def wilson_interval(
-    k: int, # right answers
-    n: int, # questions
-    z: float=1.96, # 95 %
-) -> tuple[float, float]: # low, high
-    "Wilson's interval for a share."
-    center, half = (k + z**2/2)/(n + z**2), z/(n + z**2)*math.sqrt(k*(n - k)/n + z**2/4)
-    return max(0.0, min(center - half, k/n)), min(1.0, max(center + half, k/n)) # k/n lies within, whatever rounding says
-
 # %% ../nbs/09_utility.ipynb #09000022
 @contextlib.contextmanager
 def quiet_harness():
@@ -141,9 +132,9 @@ def task_row(
 ) -> dict: # accuracy, low, high, chance, n
     "An accuracy with everything that is needed to read it."
     correct, n = int(sum(sample["acc"] for sample in samples)), len(samples)
-    low, high = wilson_interval(correct, n)
+    interval = binomtest(correct, n).proportion_ci(method="wilson")
     chance = sum(1/len(sample["resps"]) for sample in samples)/n if len(samples[0]["resps"]) > 1 else math.nan # completion has no choices
-    return {"accuracy": correct/n, "low": low, "high": high, "chance": chance, "n": n}
+    return {"accuracy": correct/n, "low": interval.low, "high": interval.high, "chance": chance, "n": n}
 
 # %% ../nbs/09_utility.ipynb #09000024
 def have(

@@ -3,11 +3,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torchmetrics.functional.text import edit_distance as torchmetrics_distance
 
 from icu_nb.core import InputError
 from icu_nb.data import pad, people, prompt_suffix, tokenize
-from icu_nb.extraction import (PROMPTS, ask, attack_prompts, best_of, edit_distance, extract, extraction_strength, longest_common_substring,
+from icu_nb.extraction import (PROMPTS, ask, attack_prompts, best_of, extract, extraction_strength, longest_common_substring,
                                probes, similarity, strength)
 from icu_nb.iur import continuations
 from icu_nb.metrics import memorization_accuracy
@@ -51,10 +50,17 @@ def test_padding_on_the_left_changes_nothing(tiny):
     assert torch.equal(extraction_strength(tiny.model, ids, mask), extraction_strength(tiny.model, **vars(sequences)))
 
 
+def levenshtein(a, b):
+    """By its recursive definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(levenshtein(a[1:], b) + 1, levenshtein(a, b[1:]) + 1, levenshtein(a[1:], b[1:]) + (a[0] != b[0]))
+
+
 @settings(max_examples=60)
-@given(words, words)
-def test_edit_distance_is_that_of_torchmetrics(a, b):
-    assert edit_distance(letters(a), letters(b)) == torchmetrics_distance(a, b, reduction="sum")
+@given(st.text("abc", max_size=6), st.text("abc", min_size=1, max_size=6))
+def test_edit_similarity_is_its_definition(a, b):
+    assert similarity([letters(a)], [letters(b)]).edit[0] == pytest.approx(1 - levenshtein(a, b)/max(len(a), len(b)))
 
 
 @given(words, words)

@@ -8,9 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -213,6 +216,33 @@ def test_readme_commands_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert {"quickstart", "test"} <= set(commands)
     assert set(commands) <= set(targets)
+
+
+def ratio_to_icu(rows, method, kind):
+    """Perplexity over that of ICU by MA, seed by seed: geometric mean and 95 % t-interval."""
+    by_seed = rows.pivot(index="seed", columns="method", values=kind)
+    logs = np.log(by_seed[method]/by_seed["icu by MA"])
+    half = student.ppf(0.975, len(logs) - 1)*logs.sem()
+    return np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+
+
+def test_what_readme_says_of_the_methods_stands_in_the_rows():
+    readme, rows = (ROOT / "README.md").read_text(encoding="utf-8"), pd.read_csv(ROOT / "figures/data/baselines.csv")
+    assert "KL {:.1f} times [{:.1f}, {:.1f}]".format(*ratio_to_icu(rows, "kl", "held-out")) in readme
+    assert "{:.2f} times ICU's perplexity [{:.2f}, {:.2f}]".format(*ratio_to_icu(rows, "rmu", "other retain")) in readme
+    assert "(MA {:.2f})".format(rows[rows.method == "icu"].ma.mean()) in readme
+    assert f"{rows.seconds.sum()/60:.0f} minutes" in readme
+
+
+def test_what_readme_says_of_attackers_stands_in_the_rows():
+    readme, rows = (ROOT / "README.md").read_text(encoding="utf-8"), pd.read_csv(ROOT / "figures/data/audit.csv")
+    mean = rows.groupby(["metric", "model"]).value.mean().map("{:.2f}".format)
+    auc, back = mean["AUC loss"], mean["some forget texts: MA"]
+    assert auc["gradient ascent"] == auc["NPO"] and back["gradient ascent"] == back["NPO"]
+    assert f"is {auc['ICU']} after ICU and {auc['NPO']} after gradient ascent and NPO (a second retraining: {auc['retrained']})" in readme
+    assert f"back to {back['ICU']} after ICU, and to {back['NPO']} after the other two (retrained: {back['retrained']})" in readme
+    of = rows.pivot_table(index=["model", "seed"], columns="metric", values="value").loc[["ICU", "gradient ascent", "NPO"]]
+    assert of.filter(like=": verbatim").to_numpy().max() == 0 and max((of[f"int{bits}: MA"] - of.MA).abs().max() for bits in (8, 4)) < 0.02
 
 
 def lock():

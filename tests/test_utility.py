@@ -18,7 +18,7 @@ from icu_nb.data import PUBLIC_FILES, TEMPLATES, Corpus, dialogue_turns, people,
 from icu_nb.metrics import perplexity
 from icu_nb.utility import (
     FILE_TASKS, HARNESS_TASKS, PAPER_TASKS, answer_words, clean_turn, dialogue_prompt, dialogue_scores, evaluate_tasks, evaluate_utility, find_facts,
-    lambada_questions, people_questions, people_tasks, pubmed_questions, reply_text, unigram_f1, wilson_interval)
+    lambada_questions, people_questions, people_tasks, pubmed_questions, reply_text, unigram_f1)
 
 pytest.importorskip("lm_eval")
 
@@ -179,12 +179,6 @@ def test_choices_may_differ_in_number(tiny):
     questions = [{"context": "Ann lives in", "choices": ["Leeds", "York"], "answer": 0}, {"context": "Ann works in", "choices": ["Leeds", "York", "Hull", "Bath"], "answer": 3}]
     row = evaluate_tasks(tiny.model, tiny.tokenizer, {"mixed": questions}).loc["mixed"]
     assert row["chance"] == (1/2 + 1/4)/2 and row["accuracy"] == directly(tiny.model, tiny.tokenizer, questions, 64)
-
-
-@pytest.mark.parametrize("k, n", [(0, 20), (7, 20), (20, 20), (64, 128), (1, 1)])
-def test_interval_is_wilsons(k, n):
-    expected = pytest.importorskip("scipy.stats").binomtest(k, n).proportion_ci(method="wilson")
-    assert wilson_interval(k, n, z=1.959963984540054) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_a_limit_takes_the_first_questions(tiny, corpus):
