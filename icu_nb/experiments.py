@@ -77,7 +77,7 @@ def plain(*methods: str, **changes) -> tuple:
 ABLATION = (
     ("ICU", "icu", {}), ("no L_lrn", "icu", {"loss": {"alpha": 0.0}}), ("no L_kl", "icu", {"loss": {"beta": 0.0}}), ("neither", "icu", {"loss": {"alpha": 0.0, "beta": 0.0}}),
     ("no IUR", "icu", {"refinement": "none"}), ("no IUR, 20 epochs", "icu", {"refinement": "none", "goal": 0, "max_epochs": 20}), ("KUI alone", "icu", {"refinement": "none", "loss": {"alpha": 0.0, "beta": 0.0}}))
-WEIGHTS = tuple((f"α = {alpha:g}, β = {beta:g}", "icu", {"loss": {"alpha": alpha, "beta": beta}}) for alpha in (0.0, 0.5, 2.0) for beta in (0.0, 1.0, 2.0))
+WEIGHTS = tuple((f"α = {alpha:g}, β = {beta:g}", "icu", {"loss": {"alpha": alpha, "beta": beta}}) for alpha in (0.0, 0.5, 1.0, 2.0) for beta in (0.0, 1.0, 2.0))
 RATES = tuple((f"lr = {lr:g}", "icu", {"lr": lr}) for lr in (3e-5, 3e-4))
 
 EXPERIMENTS = {
