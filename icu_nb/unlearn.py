@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from .core import ICUError, mixed_precision, require, seed_everything
 # All of it stays importable from here: whoever runs the loop wants its settings, its plugs and its result.
+from .data import Sequences
 from .objective import ICU, Batch, Part, gradient_ascent
 from .task import ICUConfig, Task, prepare_task
 from .result import Log, UnlearnResult
@@ -177,10 +178,18 @@ def enough(
     run: Run, # what it works with
 ) -> bool:
     "Whether the thresholds are met now; EL is measured only once MA is low enough."
-    mean = lambda metric, **options: torch.cat(ask_all(run, lambda s, rows: metric(run.core, s.input_ids, s.attention_mask, **options))).mean()
-    if mean(memorization_accuracy, batch_size=run.config.eval_batch_size) > run.thresholds.ma:
+    most = run.thresholds.ma*len(run.task.forget)
+    def ma_so_far(sequences: Sequences, rows: torch.Tensor) -> float: # the sum; in small batches, because most of the time few sequences are enough to say no
+        total = 0.0
+        for batch in sequences.batches(max(1, run.config.eval_batch_size//4)):
+            total += memorization_accuracy(run.core, **vars(batch)).sum().item()
+            if total > most:
+                break
+        return total
+    if sum(ask_all(run, ma_so_far)) > most:
         return False
-    return bool(run.thresholds.el >= 1 or mean(extraction_likelihood, **run.options) <= run.thresholds.el)
+    mean_el = lambda: torch.cat(ask_all(run, lambda s, rows: extraction_likelihood(run.core, s.input_ids, s.attention_mask, **run.options))).mean()
+    return bool(run.thresholds.el >= 1 or mean_el() <= run.thresholds.el)
 
 # %% ../nbs/07_unlearn.ipynb #35c1dd4c
 def train_epoch(
