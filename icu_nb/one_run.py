@@ -347,12 +347,12 @@ def config_of(
     cell: Cell, # which run
     n: int, # texts of one request
 ) -> ICUConfig:
-    "The settings of the loop; the goal is looked at four times an epoch."
+    "The settings of the loop; the goal is looked at eight times an epoch."
     options = cell.options
     every_epoch = options["refinement"] != "none" or options["watch"] or options["samples"]
     return ICUConfig(
         **{name: options[name] for name in ("lr", "batch_size", "max_epochs", "seq_len", "max_overlap", "stop")}, seed=cell.seed, n_neighbors=options["k"],
-        check_every=1 if every_epoch else options["max_epochs"], check_steps=max(1, n//(4*options["batch_size"])) if options["goal"] else None,
+        check_every=1 if every_epoch else options["max_epochs"], check_steps=max(1, n//(8*options["batch_size"])) if options["goal"] else None,
         num_beams=2 if options["refinement"] == "published" or options["samples"] else 1)
 
 
