@@ -278,6 +278,15 @@ def test_check_steps_stops_within_an_epoch(tiny):
     assert results[0].history["ma"].iloc[-1] > results[1].history["ma"].iloc[-1], "it stopped nearer to the threshold"
 
 
+@pytest.mark.parametrize("ma", [0.1, 0.5, 0.9])
+def test_whether_it_is_enough_is_asked_of_no_more_sequences_than_needed(tiny, monkeypatch, ma):
+    looks, memorization_accuracy = [], icu_nb.unlearn.memorization_accuracy
+    monkeypatch.setattr(icu_nb.unlearn, "memorization_accuracy", lambda model, **batch: looks.append(memorization_accuracy(model, **batch)) or looks[-1])
+    run(tiny, lr=1e-12, batch_size=8, refinement=None, max_epochs=1, check_steps=1, eval_batch_size=4, thresholds=Thresholds(ma=ma, el=1.0))
+    so_far = torch.cumsum(torch.cat(looks), 0)
+    assert all(so_far[:-1] <= 8*ma) and so_far[-1] > 8*ma, "it goes on while the answer is open, and then stops"
+
+
 def test_alpha_and_beta_weigh_their_terms(tiny):
     first = {settings: run(tiny, refinement=None, batch_size=8, lr=1e-3, max_epochs=1, alpha=settings[0], beta=settings[1]).history.iloc[1] for settings in [(0.5, 1.0), (1.0, 1.0), (0.0, 0.0)]}
     assert first[1.0, 1.0]["l_lrn"] == pytest.approx(2*first[0.5, 1.0]["l_lrn"], rel=1e-4)
