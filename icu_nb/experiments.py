@@ -118,7 +118,7 @@ EXPERIMENTS |= {
     "thresholds": Experiment("Who decides what is forgotten, and when to stop?", 3, THRESHOLDS, ("a", "b", "rule", "encoder", "goal", "stop")),
     "tradeoff": Experiment("What does each bit of forgetting cost?", 3, (
         *plain("original", "retrained", distance=True),
-        *plain("icu", "ga", "graddiff", "kl", "npo", goal=0.5, max_epochs=12, watch=["neighbors", "heldout", "general"], distance=True))),
+        *plain("icu", "ga", "graddiff", "kl", "npo", goal=0.5, watch=["neighbors", "heldout", "general"], distance=True))),
     "requests": Experiment("How do cost and damage grow with the requests?", 3, REQUESTS, ("requests", "batches")),
     "limits": Experiment("Where does ICU fail?", 3, (
         *plain("original", "retrained", "random weights", "icu", "ga", "npo", attacks=ATTACKS),
