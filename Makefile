@@ -65,7 +65,8 @@ quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=t
 	@cat "$(OUT_DIR)/summary.txt"
 
 # nbs/course is left out on purpose: its exercises are meant to be filled in.
-TEST = $(PY) -m pytest tests $(wildcard nbs/*.ipynb) --durations=15 --nbval-lax --nbval-current-env \
+# Two workers with a thread each are faster than one with two; a file stays with one worker, so that a notebook runs in its order.
+TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests $(wildcard nbs/*.ipynb) --durations=15 --nbval-lax --nbval-current-env \
 	--nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 test: .venv/.dev  ## pytest, and every notebook in nbs/
