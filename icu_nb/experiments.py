@@ -83,7 +83,7 @@ RATES = tuple((f"lr = {lr:g}", "icu", {"lr": lr}) for lr in (3e-5, 3e-4))
 EXPERIMENTS = {
     "main_table": Experiment("What does each method forget, and what does it cost?", 5, (
         *plain("original", "retrained", *OBJECTIVES, "task vector"), ("ICU, published rule", "icu", {"refinement": "published"}),
-        *plain("original", "retrained", "icu", "ga", "kumpr", "kl", "llmu", "po", data="pile0", utility=None))),
+        *plain("original", "retrained", "icu", "ga", "kumpr", "kl", "llmu", "po", data="pile0", utility=None, max_epochs=40))),
     "ablation": Experiment("Which part of ICU does what?", 5, ABLATION, ("alpha", "beta", "refinement")),
     "sensitivity": Experiment("How much do α, β and the learning rate matter?", 3, (*WEIGHTS, *RATES), ("alpha", "beta", "lr")),
     "case_study": Experiment("What does the model say, epoch by epoch?", 1, plain("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po", samples=4, utility=None)),
