@@ -349,7 +349,7 @@ def run(
             continue
         spent.append(left[number])
         row = read_rows(folder, name).set_index("key").loc[cell.key]
-        tell(f"{name} {number + 1}/{len(todo)}  {where}: MA {row.ma:.3f}, {duration(row.seconds_train + row.seconds_check + row.seconds_evaluate)}; {duration(pace*sum(left[number + 1:]))} left" + "".join(f"; {what}" for what in unmeasured))
+        tell(f"{name} {number + 1}/{len(todo)}  {where}: MA {row.ma:.3f}, {duration(row[['seconds_train', 'seconds_check', 'seconds_evaluate']].sum())}; {duration(pace*sum(left[number + 1:]))} left" + "".join(f"; {what}" for what in unmeasured))
     return missing
 
 # %% ../nbs/11_experiments.ipynb #11000064

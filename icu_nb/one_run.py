@@ -583,6 +583,6 @@ def run_cell(
     found, scores = measure(outcome, cell, given, files)
     checks = 0.0 if outcome.history is None else outcome.history.seconds_check.sum()
     facts = provenance()
-    found |= {"seconds_prepare": given.seconds, "seconds_train": trained - began - checks, "seconds_check": checks, "seconds_evaluate": clock() - trained, "peak_memory_mb": memory.megabytes,
+    found |= {"seconds_prepare": given.seconds, "seconds_train": math.nan if cell.method in ("original", "retrained", "random weights") else trained - began - checks, "seconds_check": checks, "seconds_evaluate": clock() - trained, "peak_memory_mb": memory.megabytes,
               **facts, "versions": " ".join(f"{name}=={number}" for name, number in facts["versions"].items())}
     return found, outcome.history, sample_rows(outcome, scores, cell, given) if cell.options["samples"] else None
