@@ -86,7 +86,7 @@ EXPERIMENTS = {
         *plain("original", "retrained", "icu", "ga", "kumpr", "kl", "llmu", "po", data="pile0", utility=None, max_epochs=40))),
     "ablation": Experiment("Which part of ICU does what?", 5, ABLATION, ("alpha", "beta", "refinement")),
     "sensitivity": Experiment("How much do α, β and the learning rate matter?", 3, (*WEIGHTS, *RATES), ("alpha", "beta", "lr")),
-    "case_study": Experiment("What does the model say, epoch by epoch?", 1, plain("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po", samples=4, utility=None)),
+    "case_study": Experiment("What does the model say, epoch by epoch?", 1, plain("original", "retrained", *OBJECTIVES, "task vector", samples=4, utility=None)),
 }
 
 # %% ../nbs/11_experiments.ipynb #11000015

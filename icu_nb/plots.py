@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METHODS', 'STYLES', 'KINDS', 'MEASURES', 'HOLLOW', 'LINE', 'LEFT', 'ATTACK_NAMES', 'STAGES', 'BOXES', 'WIDTH',
            'HEIGHT', 'ARROWS', 'NOTES', 'PHASES', 'WAYS', 'STORED', 'INTERVALS', 'NOTE', 'CELLS', 'FRONT',
-           'NEAR_AND_FAR', 'FIGURES', 'measure_name', 'axis_name', 'finish', 'legend_below', 'alt_text', 'dot_axes',
-           'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative', 'plot_ablation', 'plot_sensitivity',
-           'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'spoken', 'write_words', 'plot_case_study',
-           'plot_neighbors', 'plot_thresholds', 'plot_deciders', 'pareto_front', 'fronts', 'draw_point',
-           'plot_tradeoff', 'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework', 'draw_bars',
-           'plot_quickstart', 'bench_phase_seconds', 'plot_bench_phases', 'plot_bench_ways', 'bench_growth_line',
-           'plot_bench_growth', 'plot_bench_search', 'read_stored', 'each', 'Recipe', 'read_tables', 'draw_figure',
-           'show_figure', 'main']
+           'NEAR_AND_FAR', 'SOME', 'FIGURES', 'measure_name', 'axis_name', 'finish', 'legend_below', 'alt_text',
+           'dot_axes', 'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative', 'plot_ablation',
+           'plot_sensitivity', 'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'spoken', 'write_words',
+           'plot_case_study', 'plot_neighbors', 'plot_thresholds', 'plot_deciders', 'pareto_front', 'fronts',
+           'draw_point', 'plot_tradeoff', 'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework',
+           'draw_bars', 'plot_quickstart', 'bench_phase_seconds', 'plot_bench_phases', 'plot_bench_ways',
+           'bench_growth_line', 'plot_bench_growth', 'plot_bench_search', 'read_stored', 'each', 'Recipe',
+           'read_tables', 'draw_figure', 'show_figure', 'main']
 
 # %% ../nbs/12_plots.ipynb #12000004
 import argparse, difflib, json, math, sys, textwrap
@@ -327,7 +327,7 @@ def spoken(
     entries = []
     for label, group in samples.groupby("label", sort=False):
         trained = group[group.epoch > 0] if (group.epoch > 0).any() else group # epoch 0 is the original
-        chosen = np.unique(np.linspace(0, len(trained) - 1, min(looks, len(trained))).round().astype(int))
+        chosen = np.unique(np.linspace(len(trained) - 1, 0, min(looks, len(trained))).round().astype(int))
         for k, one in enumerate(trained.iloc[chosen].itertuples()):
             note = f"MA {one.ma:.2f}" if len(group) == 1 else f"epoch {one.epoch}, MA {one.ma:.2f}"
             entries.append(("" if k else label, note, one.continuation, same_words(one.truth, one.continuation)))
@@ -813,6 +813,7 @@ NOTE = f"{INTERVALS}; hollow: forgot too little on some seed"
 CELLS = "geometric means over seeds, and the factor of their 95 % interval; in brackets: forgot too little on some seed; frame: the authors' weights"
 FRONT = f"the least perplexity at an MA at or under each level, {INTERVALS}; dotted: MA of the retrained model"
 NEAR_AND_FAR = each("ppl_neighbors", "ppl_heldout", "ppl_general")
+SOME = [LABELS[method] for method in ("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po")] # epoch by epoch; all would fill two pages
 
 
 @dataclass(frozen=True)
@@ -821,7 +822,7 @@ class Recipe:
     experiment: str|None # whose rows; None: no rows
     draw: Callable # a function of this module
     panels: tuple = ({},) # further arguments, panel by panel
-    where: dict = field(default_factory=dict) # column -> value: which rows
+    where: dict = field(default_factory=dict) # column -> its values: which rows
     tables: tuple = ("",) # what `draw` takes: "" rows, "_history", "_samples"
     size: tuple = (10, 3.9) # inches, of a figure with several panels
     sharey: bool = False # the same labels in all panels
@@ -830,19 +831,20 @@ class Recipe:
 
 FIGURES = {
     "framework": Recipe(None, plot_framework, tables=()),
-    "main_table": Recipe("main_table", plot_methods, NEAR_AND_FAR, {"data": "people"}, size=(10, 5.6), sharey=True, note=f"{NOTE}; dashed: retrained"),
-    "main_table_pile": Recipe("main_table", plot_methods, NEAR_AND_FAR, {"data": "pile0"}, size=(10, 3.9), sharey=True, note=f"{NOTE}; dashed: retrained"),
+    "main_table": Recipe("main_table", plot_methods, NEAR_AND_FAR, {"data": ["people"]}, size=(10, 5.6), sharey=True, note=f"{NOTE}; dashed: retrained"),
+    "main_table_pile": Recipe("main_table", plot_methods, NEAR_AND_FAR, {"data": ["pile0"]}, size=(10, 3.9), sharey=True, note=f"{NOTE}; dashed: retrained"),
     "ablation": Recipe("ablation", plot_ablation, note=NOTE),
     "sensitivity": Recipe("sensitivity", plot_sensitivity, NEAR_AND_FAR, note=CELLS),
     "learning_rate": Recipe("sensitivity", plot_rates, note=NOTE),
-    "case_study": Recipe("case_study", plot_case_study, tables=("_samples",)),
+    "case_study": Recipe("case_study", plot_case_study, where={"label": SOME}, tables=("_samples",)),
+    "case_study_all": Recipe("case_study", plot_case_study, ({"looks": 1},), tables=("_samples",)),
     "neighbors": Recipe("neighbors", plot_neighbors, note=NOTE),
     "thresholds": Recipe("thresholds", plot_thresholds, each("ma", "ppl_heldout"), size=(10, 5), sharey=True, note=f"{NOTE}; stroke: MA at which a run may stop"),
     "deciders": Recipe("thresholds", plot_deciders),
     "tradeoff": Recipe("tradeoff", plot_tradeoff, NEAR_AND_FAR, tables=("", "_history"), size=(12, 5), note=FRONT),
     "distance": Recipe("tradeoff", plot_methods, ({"column": "distance", "by": "distance"}, {"column": "distance_heldout", "by": "distance"}), sharey=True, note=NOTE),
     "requests": Recipe("requests", plot_requests, each("seconds_train", "ppl_neighbors", "ppl_heldout"), size=(12, 4.4), note=f"{INTERVALS}; hollow: in batches; dashed: the original"),
-    "limits": Recipe("limits", plot_limits, where={"model": "tiny gpt-neo"}, note=INTERVALS),
+    "limits": Recipe("limits", plot_limits, where={"model": ["tiny gpt-neo"]}, note=INTERVALS),
     "architectures": Recipe("limits", plot_architectures, note=NOTE),
 }
 
@@ -856,7 +858,7 @@ def read_tables(
     if recipe.experiment is None:
         return []
     rows = read_rows(folder, recipe.experiment)
-    keep = (rows.profile == profile) & np.logical_and.reduce([rows[column] == value for column, value in recipe.where.items()] or [True])
+    keep = (rows.profile == profile) & np.logical_and.reduce([rows[column].isin(values) for column, values in recipe.where.items()] or [True])
     require(bool(keep.any()), "profile", f"{recipe.experiment} has no such rows of profile {profile} yet", f"Run it first: make reproduce NAME={recipe.experiment} PROFILE={profile}")
     def table(kind: str) -> pd.DataFrame:
         rest = read_csv(Path(folder)/f"{recipe.experiment}{kind}.csv")
@@ -883,6 +885,7 @@ def draw_figure(
         fig, axes = plt.subplots(1, len(recipe.panels), figsize=recipe.size, sharey=recipe.sharey)
         for ax, panel in zip(axes, recipe.panels):
             recipe.draw(*tables, **panel, ax=ax)
+            ax.tick_params(axis="x", labelsize=10) # neighbors' last and first number stand side by side
         for ax in axes[1:]: # all panels have the same legend
             ax.get_legend() and ax.get_legend().remove()
     if recipe.note:
