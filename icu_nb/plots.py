@@ -9,10 +9,10 @@ __all__ = ['METHODS', 'STYLES', 'KINDS', 'MEASURES', 'HOLLOW', 'LINE', 'LEFT', '
            'dot_axes', 'draw_dots', 'plain_ticks', 'plot_methods', 'listed', 'plot_relative', 'plot_ablation',
            'plot_sensitivity', 'plot_rates', 'draw_curve', 'same_words', 'lines_of', 'spoken', 'write_words',
            'plot_case_study', 'plot_neighbors', 'plot_thresholds', 'plot_deciders', 'pareto_front', 'fronts',
-           'draw_point', 'plot_tradeoff', 'plot_requests', 'plot_limits', 'plot_architectures', 'plot_framework',
-           'draw_bars', 'plot_quickstart', 'bench_phase_seconds', 'plot_bench_phases', 'plot_bench_ways',
-           'bench_growth_line', 'plot_bench_growth', 'plot_bench_search', 'read_stored', 'each', 'Recipe',
-           'read_tables', 'draw_figure', 'show_figure', 'main']
+           'draw_point', 'plot_tradeoff', 'plot_distance', 'plot_requests', 'plot_limits', 'plot_architectures',
+           'plot_framework', 'draw_bars', 'plot_quickstart', 'bench_phase_seconds', 'plot_bench_phases',
+           'plot_bench_ways', 'bench_growth_line', 'plot_bench_growth', 'plot_bench_search', 'read_stored', 'each',
+           'Recipe', 'read_tables', 'draw_figure', 'show_figure', 'main']
 
 # %% ../nbs/12_plots.ipynb #12000004
 import argparse, difflib, json, math, sys, textwrap
@@ -504,9 +504,21 @@ def plot_tradeoff(
         ax.axvline(goal, color=COLORS["retrained"], linewidth=1, linestyle=":", zorder=1)
         there = found[found.level == levels[levels <= goal].max()].sort_values("mean").assign(reached=True)
         alt.append(f"at retrained's MA: {listed(there) or 'none'}")
-        least = f"{there.label.iloc[0]} costs least" if len(there) else "nobody gets there on every seed"
-        title = f"{KINDS[column][0]}: down to the MA of retrained, {least}"
+        title = f"{KINDS[column][0]}: " + (f"{there.label.iloc[0]} costs least" if len(there) else "nobody gets there on every seed")
     return finish(ax, title, f"Fronts of {', '.join(found.label.unique())}: MA of the forget texts against {measure_name(column)}. {'; '.join(alt)}.")
+
+# %% ../nbs/12_plots.ipynb #12000067
+def plot_distance(
+    rows: pd.DataFrame, # of the experiment `tradeoff`
+    column: str="distance", # or distance_heldout
+    ax=None, # an Axes; None: a new one
+): # the Axes
+    "How far each model is from the retrained one, and whether the original was nearer."
+    ax = plot_methods(rows, column, ax, "distance")
+    tests = significance(rows[rows.label != "retrained"], [column], "original")
+    clear = tests.effect[tests.p_holm < 0.05]
+    title = f"{'forget' if column == 'distance' else 'held-out'} texts: of {len(tests)} methods {sum(clear < 0)} end clearly nearer to retrained than the original is, {sum(clear > 0)} farther"
+    return finish(ax, title, ax.get_label().split(". ", 1)[1])
 
 # %% ../nbs/12_plots.ipynb #12000048
 def plot_requests(
@@ -811,7 +823,7 @@ def each(*columns: str) -> tuple:
 INTERVALS = "means over seeds and 95 % intervals"
 NOTE = f"{INTERVALS}; hollow: forgot too little on some seed"
 CELLS = "geometric means over seeds, and the factor of their 95 % interval; in brackets: forgot too little on some seed; frame: the authors' weights"
-FRONT = f"the least perplexity at an MA at or under each level, {INTERVALS}; dotted: MA of the retrained model"
+FRONT = f"the least perplexity at an MA at or under each level, {INTERVALS}; dotted: MA of the retrained model, at which the titles compare"
 NEAR_AND_FAR = each("ppl_neighbors", "ppl_heldout", "ppl_general")
 SOME = [LABELS[method] for method in ("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po")] # epoch by epoch; all would fill two pages
 
@@ -842,7 +854,7 @@ FIGURES = {
     "thresholds": Recipe("thresholds", plot_thresholds, each("ma", "ppl_heldout"), size=(10, 5), sharey=True, note=f"{NOTE}; stroke: MA at which a run may stop"),
     "deciders": Recipe("thresholds", plot_deciders),
     "tradeoff": Recipe("tradeoff", plot_tradeoff, NEAR_AND_FAR, tables=("", "_history"), size=(12, 5), note=FRONT),
-    "distance": Recipe("tradeoff", plot_methods, ({"column": "distance", "by": "distance"}, {"column": "distance_heldout", "by": "distance"}), sharey=True, note=NOTE),
+    "distance": Recipe("tradeoff", plot_distance, each("distance", "distance_heldout"), sharey=True, note=f"{INTERVALS}; hollow: after 20 epochs not at half of the goal's MA on some seed"),
     "requests": Recipe("requests", plot_requests, each("seconds_train", "ppl_neighbors", "ppl_heldout"), size=(12, 4.4), note=f"{INTERVALS}; hollow: in batches; dashed: the original"),
     "limits": Recipe("limits", plot_limits, where={"model": ["tiny gpt-neo"]}, note=INTERVALS),
     "architectures": Recipe("limits", plot_architectures, note=NOTE),
