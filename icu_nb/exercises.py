@@ -188,6 +188,7 @@ def exercise(
                 said, cause = str(error), error.__cause__ # of the student's own error the traceback is useful
             except Exception as error:
                 said, cause = f"Your answer cannot be judged ({type(error).__name__}): read again what it should be.", None
+            # What is wrong stands in the last line below.
             raise AssertionError(said) from cause
         return checked
     return enter
@@ -795,7 +796,9 @@ def outline(
     lines, kept = source.splitlines(), []
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
-            kept.append("\n".join(lines[node.lineno - 1:node.body[0].lineno - (node.body[0].lineno > node.lineno)]) + "\n    ...")
+            first, body = node.lineno - 1, node.body[0]
+            head = lines[first:body.lineno - 1] or [lines[first][:body.col_offset].rstrip()] # all on one line
+            kept.append("\n".join(head) + "\n    ...")
         elif isinstance(node, ast.Assign):
             kept.append(f"{ast.unparse(node.targets[0])} = ...")
     return "\n\n".join(kept) or "..."

@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from icu_nb import exercises
-from icu_nb.exercises import EXERCISES, ask, student_notebook
+from icu_nb.exercises import EXERCISES, ask, outline, student_notebook
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))
@@ -332,7 +333,7 @@ def test_what_the_checker_cannot_judge_is_one_sentence_too():
 def test_no_traceback_leads_into_a_checker():
     """IPython prints the lines around each frame, and in a checker these hold the right answer; of the student's own error the frames are shown."""
     def frames(error):
-        return [frame.name for frame in __import__("traceback").extract_tb(error.__traceback__)]
+        return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     with pytest.raises(AssertionError) as caught:
         exercises.check_strength(lambda hits: 0.123)
     assert frames(caught.value)[1:] == ["checked"] and caught.value.__cause__ is None and caught.value.__suppress_context__
@@ -351,6 +352,11 @@ def test_exercises_are_the_solutions_without_solutions(path):
     for name, (stub, _) in checked(student).items():
         body = ast.parse(stub["source"]).body[-1]
         assert ast.unparse(getattr(body, "body", [body])[-1]).endswith("..."), name
+
+
+def test_an_outline_tells_nothing():
+    assert outline("import math\ndef f(x,\n      y): # two\n    return 42\n\ndef g(x): return 42\na, b = 42, 42") == "def f(x,\n      y): # two\n    ...\n\ndef g(x):\n    ...\n\n(a, b) = ..."
+    assert outline("print(42)") == "..."
 
 
 @each_exercise
