@@ -518,7 +518,7 @@ def check_stops(
     history = made_up_history()
     ma, el = history.ma <= 0.37, history.el <= 0.05
     check_numbers(answer, [history.index[ma | el][0], history.index[ma & el][0]], "No: go through the epochs in order, and ask of each whether MA is low enough, whether EL is, and which rule that satisfies.", tolerance=0)
-    return "Well predicted: between the two lies most of the forgetting."
+    return "Well predicted: between the two lies half of the forgetting."
 
 
 @exercise("06_iur", "mend", 3, 15, "a mean over nothing, and what it does to weights")
