@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export figures seeds bench baselines audit reproduce clean
+.PHONY: help quickstart test test-all colab-test lab export course figures seeds bench baselines audit reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -64,7 +64,7 @@ quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=t
 		$(if $(SEED),-p seed $(SEED)) $(if $(MAX_EPOCHS),-p max_epochs $(MAX_EPOCHS))
 	@cat "$(OUT_DIR)/summary.txt"
 
-# nbs/course is left out on purpose: its exercises are meant to be filled in.
+# nbs/course is left out on purpose: its exercises are meant to be filled in; tests/test_exercises.py runs the solutions.
 # Two workers with a thread each are faster than one with two; a file stays with one worker, so that a notebook runs in its order.
 TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests $(wildcard nbs/*.ipynb) --durations=15 --nbval-lax --nbval-current-env \
 	--nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
@@ -84,6 +84,9 @@ lab: .venv/.nb  ## JupyterLab on nbs/
 export: .venv/.dev  ## write icu_nb/ from the notebooks, and clean the notebooks
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
+
+course: .venv/.nb  ## write the students' notebooks, nbs/course/exercises_*.ipynb, from the solutions
+	$(PY) -m icu_nb.exercises nbs/course
 
 figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
 	$(PY) -m icu_nb.plots
