@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 # %% ../nbs/06c_picture.ipynb #06c00006
 def token_probabilities(
@@ -74,8 +75,8 @@ class TokenPicture:
     @classmethod
     def of(cls, runs: dict[str, list[pd.DataFrame]]) -> "TokenPicture": # per run the tables of `token_probabilities`, epoch 0 first
         "The picture of looks at one text; probabilities are rounded to three digits."
-        require(isinstance(runs, dict) and len(runs) > 0 and all(map(len, runs.values())), "runs", "there is nothing to show", "Give at least one look per run")
         tables = [table for looks in runs.values() for table in looks]
+        require(len(tables) > 0, "runs", "there is nothing to show", "Give at least one look per run")
         tokens = tables[0].token.tolist()
         require(all(table.token.tolist() == tokens for table in tables), "runs", "they look at different texts", "Look at one text, cut to one length")
         plain = lambda table: {"probability": table.probability[1:].round(3).tolist(), "greedy": table.greedy[1:].astype(int).tolist()}
@@ -177,13 +178,15 @@ def plot_tokens(
 def as_png(
     picture: TokenPicture, # a text and its looks
 ) -> bytes:
-    "The figure as a file."
+    "The figure as a small file, of 64 colors."
+    drawn, small = io.BytesIO(), io.BytesIO()
     with plt.rc_context():
         set_figure_style()
-        fig, file = plot_tokens(picture), io.BytesIO()
-        fig.savefig(file, format="png", dpi=100, metadata={"Software": None})
+        fig = plot_tokens(picture)
+        fig.savefig(drawn, format="png", dpi=100)
         plt.close(fig)
-    return file.getvalue()
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
 
 # %% ../nbs/06c_picture.ipynb #06c00015
 STYLE = """
