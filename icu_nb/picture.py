@@ -7,7 +7,7 @@ __all__ = ['GROUNDS', 'PALETTE', 'LINE', 'STYLE', 'SCRIPT', 'CAPTION', 'token_pr
            'chosen_epochs', 'lines_of_tokens', 'draw_tokens', 'plot_tokens', 'as_png', 'as_html']
 
 # %% ../nbs/06c_picture.ipynb #06c00004
-import base64, html, io, json
+import base64, html, io, json, re
 from .core import require, set_figure_style
 from .data import check_texts, pad
 from .head import chunk_length, states_or_logits
@@ -137,7 +137,7 @@ def draw_tokens(
     for row, line in enumerate(lines):
         x, at = 0, y + 1.3*row
         for i in line:
-            token = " ".join(tokens[i].split("\n"))
+            token = re.sub(r"\s", " ", tokens[i])
             ground, ink = PALETTE[round(100*look["probability"][i - 1])] if i else ("none", "black")
             ax.add_patch(Rectangle((x, at - 0.62), len(token), 1.24, facecolor=ground, linewidth=0))
             ax.text(x, at, token, color=ink, family="DejaVu Sans Mono", fontsize=8, va="center", parse_math=False)
