@@ -192,7 +192,7 @@ def as_png(
 STYLE = """
 .icu-tokens { margin: 0.5em 0 }
 .icu-tokens img { max-width: 100% }
-.icu-tokens label { display: flex; align-items: center; gap: 0.6em; max-width: 40em }
+.icu-tokens label { display: flex; align-items: center; gap: 0.6em; max-width: 40em; margin-top: 0.8em }
 .icu-tokens input { flex: 1 }
 .icu-tokens input:focus-visible { outline: 3px solid currentColor; outline-offset: 3px }
 .icu-tokens-runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(18em, 1fr)); gap: 0 1.5em }
