@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export course figures seeds bench baselines audit reproduce clean
+.PHONY: help quickstart test test-all colab-test lab export course figures seeds tokens bench baselines audit reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -97,6 +97,12 @@ seeds: .venv/.nb  ## what README's first figure and tables show: the quickstart 
 	done; done
 	$(PY) .ci/collect_seeds.py runs/seeds figures/data/quickstart.csv
 	cp runs/seeds/people-0/example.json figures/data/quickstart_example.json
+
+tokens: .venv/.dev  ## follow one text through notebook 07's runs again, token by token: figures/data/tokens.json and its figure
+	@mkdir -p runs/tokens figures/data
+	$(PY) -m papermill nbs/07_unlearn.ipynb runs/tokens/07_unlearn.ipynb --cwd nbs \
+		-k python3 -l python --progress-bar -p store ../figures/data
+	$(PY) -m icu_nb.plots tokens
 
 bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search"]
 	@mkdir -p runs/bench figures/data

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Thresholds', 'calibrate_thresholds', 'OwnLength', 'continuations', 'check', 'is_forgotten', 'thresholds_met',
-           'select_over_thresholds', 'select_active']
+           'select_over_thresholds', 'select_active', 'watched']
 
 # %% ../nbs/06_iur.ipynb #e0011e99
-import math
+import functools, math
+from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np
 import pandas as pd
@@ -166,3 +167,17 @@ def select_active(
     "Who trains next: whoever is not forgotten; if nobody is left, whoever's own MA or EL is still over its threshold."
     active = ~is_forgotten(scores, thresholds)
     return active if active.any() else select_over_thresholds(scores, thresholds)
+
+# %% ../nbs/06_iur.ipynb #06000a02
+def watched(
+    refinement: Callable|None, # who trains next; None: everybody
+    look: Callable, # called without arguments; what it says is noted
+    noted: list, # gets what `look` said
+) -> Callable: # a refinement
+    "The same refinement, which also looks at the model after every check."
+    everybody = lambda scores, thresholds: np.full(len(scores), True)
+    @functools.wraps(refinement or everybody) # to a checkpoint it is the same one
+    def refine(scores: pd.DataFrame, thresholds: Thresholds) -> np.ndarray:
+        noted.append(look())
+        return (refinement or everybody)(scores, thresholds)
+    return refine

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'SCRATCH', 'SHAPE', 'ARCHITECTURES', 'MEMORIZED', 'PASSES', 'ENCODERS', 'REFINEMENTS', 'YARDSTICKS',
            'FINDINGS', 'run_key', 'Cell', 'fresh_model', 'Files', 'memorize_in_passes', 'Given', 'corpus_of', 'prepare',
-           'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested', 'Outcome', 'goal_of', 'watched',
+           'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested', 'Outcome', 'goal_of',
            'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back', 'perplexities',
            'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked', 'measure', 'PeakMemory',
            'sample_rows', 'run_cell']
@@ -24,7 +24,7 @@ from .models import memorize, tiny_gpt_neo, train_tokenizer
 from .metrics import BERTScorer, evaluating, memorization_accuracy, perplexity
 from .cle import kl_loss, model_embedder, sentence_embedder
 from .task import prepare_task
-from .iur import Thresholds, calibrate_thresholds, check, select_active, select_over_thresholds, thresholds_met
+from .iur import Thresholds, calibrate_thresholds, check, select_active, select_over_thresholds, thresholds_met, watched
 from .unlearn import ICUConfig, UnlearnResult, unlearn
 from .baselines import add_vector, get_objective, task_vector
 from .utility import FILE_TASKS, evaluate_tasks, evaluate_utility, find_facts, first_line, people_tasks
@@ -318,18 +318,6 @@ def goal_of(
     if goal in numbers:
         return dataclasses.replace(numbers[goal](), **judge)
     return Thresholds(ma=min(1.0, goal*given.unseen.ma), el=1.0 if goal else 0.0, **judge)
-
-
-def watched(
-    refinement: Callable|None, # who trains next; None: everybody
-    look: Callable, # -> a dict of numbers
-    noted: list, # gets what `look` said
-) -> Callable: # a refinement
-    "The same refinement, which also looks at the model after every check."
-    def refine(scores: pd.DataFrame, thresholds: Thresholds) -> np.ndarray:
-        noted.append(look())
-        return refinement(scores, thresholds) if refinement else np.full(len(scores), True)
-    return refine
 
 
 def alternatives_for(

@@ -27,6 +27,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import ScaledTranslation
 from .core import COLORS, ICUError, InputError, require, save_figure, set_figure_style
+from .picture import TokenPicture, plot_tokens
 from .baselines import plot_baselines
 from .privacy import plot_audit
 from .tables import check_rows, in_words, interval, multiplies, number, significance, summarize
@@ -801,7 +802,7 @@ def plot_bench_search(
 
 # %% ../nbs/12_plots.ipynb #12000066
 STORED = { # figures of single notebooks: their file, and who draws it
-    "quickstart": ("quickstart_example.json", plot_quickstart), "baselines": ("baselines.csv", plot_baselines), "audit": ("audit.csv", plot_audit),
+    "quickstart": ("quickstart_example.json", plot_quickstart), "tokens": ("tokens.json", lambda stored: plot_tokens(TokenPicture(stored["tokens"], stored["runs"]))), "baselines": ("baselines.csv", plot_baselines), "audit": ("audit.csv", plot_audit),
     **{name: ("bench.csv", draw) for name, draw in {"bench_phases": plot_bench_phases, "bench_ways": plot_bench_ways, "bench_growth": plot_bench_growth, "bench_search": plot_bench_search}.items()}}
 
 

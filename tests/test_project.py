@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-CHAPTERS = sorted(NBS.glob("*.ipynb"), key=lambda f: f.name)  # file-name order is reading order: 06_, 06a_, 07_
+CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"), key=lambda f: f.name)  # file-name order is reading order: 06_, 06a_, 07_
 NOTEBOOKS = sorted(f for f in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda f: f.relative_to(NBS).as_posix())
@@ -153,6 +153,22 @@ def test_ends_with_the_next_notebook(path):
     """From 10 on the notebooks are read in the order of their names; the last leads back to the first."""
     following = dict(zip(CHAPTERS, [*CHAPTERS[1:], CHAPTERS[0]]))[path]
     assert re.search(rf"^Next: \[[^\]]+\]\({following.name}\)", text(cells(path)[-1]["source"]), re.M)
+
+
+def prose(path):
+    return "\n".join(text(c["source"]) for c in cells(path, "markdown"))
+
+
+def test_first_uses_lead_to_the_glossary():
+    """Its words stand there in small letters, so that every program makes the same anchor of them; each is linked once from 00 to 10, and says where it is defined."""
+    entries = dict(re.findall(r"^### (.+)\n(.+)", prose(NBS / "glossary.ipynb"), re.M))
+    assert entries and all(re.fullmatch("[a-z]+([ -][a-z]+)*", term) for term in entries)
+    for meaning in entries.values():
+        assert re.search(r"Defined in \[\w+\]\(\w+\.ipynb\)\.$", meaning), meaning
+    linked = [anchor for path in CHAPTERS if path.name < "11" for anchor in re.findall(r"\]\(glossary\.ipynb#([^)]*)\)", prose(path))]
+    assert sorted(linked) == sorted(term.replace(" ", "-") for term in entries)
+    everywhere = [anchor for path in NOTEBOOKS for anchor in re.findall(r"glossary\.ipynb#([^)]*)\)", prose(path))]
+    assert set(everywhere) <= set(linked)
 
 
 # ---- what is stored ----
