@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from docutils import nodes
-from latex2mathml.converter import convert
 
 ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import api
+from formulas import mathml
 
 SOURCE = ROOT / "_docs/source"  # laid like the project, so that the notebooks' links lead where they should
 COLAB = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]")
@@ -55,17 +55,17 @@ def write_pages():
 
 write_pages()
 
-# ---- formulas: MathML, which browsers set by themselves, without a script ----
+# ---- formulas ----
 
 def formula(display):
     def visit(self, node):
-        self.body.append(convert(node.astext(), display=display))
+        self.body.append(mathml(node.astext(), display))
         raise nodes.SkipNode
     return visit
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", (formula("inline"), None), (formula("block"), None))
+    app.add_html_math_renderer("mathml", (formula(False), None), (formula(True), None))
 
 
 # ---- settings ----

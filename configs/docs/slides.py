@@ -12,12 +12,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+
+from formulas import mathml
 
 ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
 REVEAL = Path(find_spec("sphinx_revealjs").origin).parent / "_static/revealjs"  # the package that ships reveal.js
@@ -27,11 +28,10 @@ SESSIONS = {
     "The loop and its rivals": ["06_iur", "07_unlearn", "08_baselines"],
     "Is it gone?": ["09_utility", "09b_extraction", "09c_membership", "10_privacy"],
 }
-WIDTH, CODE_LINES, ALL_LINES, WORDS = 92, 14, 19, 45  # what fits: characters in a line of code, lines of code, and with their output, words of prose
+WIDTH, CODE_LINES, ALL_LINES, WORDS = 86, 14, 17, 60  # what fits: characters in a line of code, lines of code, and with their output, words of prose
 
-formula = lambda text, options: convert(text, display="block" if options["display_mode"] else "inline")
-MARKDOWN = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, renderer=formula)
-HEADING, LISTED, WHOLE = re.compile(r"#+ "), re.compile(r"(?:[-*]|\d+\.) "), re.compile(r"[|>]|\$\$|```")
+MARKDOWN = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, renderer=lambda text, options: mathml(text, options["display_mode"]))
+HEADING, MARK, WHOLE = re.compile(r"#+ |\*\*(?:Exercises|References)"), re.compile(r"^(?:[-*]|\d+\.) ", re.M), re.compile(r"[|>]|\$\$|```")
 SENTENCES = re.compile(r"(?<=[.!?:])(?<!al\.)(\**)\s+(?=[A-Z*`\"])")
 
 
@@ -55,16 +55,18 @@ def shortened(text, kind):
         blocks = blocks[at[0]:at[1] if len(at) > 1 else None]
     elif at:
         blocks = blocks[:at[0]]
-    shown, said, prose = [], [], 0
+    shown, said, prose, listed = [], [], 0, False
     for block in blocks:
         if HEADING.match(block) or WHOLE.match(block):
             shown.append(block)
-        elif LISTED.match(block):
-            items = [first_sentences(" ".join(item.split("\n")), 30) for item in re.split(r"\n(?=(?:[-*]|\d+\.) )", block)]
-            shown.append("\n".join(item for item, _ in items))
-            said += [rest for _, rest in items if rest]
-        else:
-            head, rest = ("", block) if prose >= WORDS*2//3 else first_sentences(block, WORDS - prose)
+        elif MARK.match(block):
+            marks, items = MARK.findall(block), [" ".join(item.split()) for item in MARK.split(block)[1:]]
+            halves = [first_sentences(item, 30) for item in items]
+            shown.append("\n".join(mark + head for mark, (head, _) in zip(marks, halves)))
+            said, listed = said + [rest for _, rest in halves], True
+        else:  # below the list of a title stands what has to be read before
+            full = prose >= WORDS*2//3 or listed and blocks[0].startswith("# ")
+            head, rest = ("", block) if full else first_sentences(block, WORDS - prose)
             prose += len(head.split())
             shown, said = [*shown, head], [*said, rest]
     return "\n\n".join(filter(None, shown)), "\n\n".join(filter(None, said))
@@ -131,7 +133,7 @@ def deck(number, title, notebooks):
     read = lambda path: path.read_text(encoding="utf-8").replace("</script", "<\\/script")
     opening = f"<section class='opening'><p>icu_nb · session {number} of {len(SESSIONS)}</p><h1>{title}</h1><p>{' · '.join(notebooks)}</p></section>"
     slides = "\n".join([opening, *(slide for name in notebooks for slide in slides_of(ROOT / f"nbs/{name}.ipynb"))])
-    style = "\n".join([(REVEAL / "dist/reset.css").read_text(encoding="utf-8"), (REVEAL / "dist/reveal.css").read_text(encoding="utf-8"),
+    style = "\n".join([(REVEAL / "dist/reveal.css").read_text(encoding="utf-8"),
                        HtmlFormatter(cssclass="code").get_style_defs(".reveal"), (HERE / "slides.css").read_text(encoding="utf-8")])
     return f"""<!DOCTYPE html>
 <html lang="en">
