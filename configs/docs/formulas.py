@@ -3,7 +3,7 @@ import re
 
 from latex2mathml.converter import convert
 
-MEND = [(r"\\arg\s*\\max", r"\\operatorname{arg\\,max}"), (r"(?:\\[bB]ig)?\\\|", "‖")]  # what the converter does not know
+MEND = [(r"\\arg\s*\\max", r"\\mathrm{arg\\,max}"), (r"(?:\\[bB]ig)?\\\|", "‖")]  # what the converter does not know
 
 
 def mathml(latex, display=False):
