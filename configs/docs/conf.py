@@ -24,6 +24,8 @@ def page_of(notebook):
     cells = book["cells"][:first] + book["cells"][first + 1:]
     for cell in cells:
         source = COLAB.sub("[Open in Colab]", "".join(cell["source"]))
+        if "alt" in cell["metadata"]:
+            cell["metadata"]["mystnb"] = {"image": {"alt": cell["metadata"]["alt"]}}
         cell["source"] = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M) if cell["cell_type"] == "code" else source
     return {**book, "cells": [c for c in cells if c["cell_type"] != "code" or c["source"].strip()]}
 

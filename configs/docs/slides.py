@@ -49,6 +49,7 @@ def shortened(text, kind):
     """A cell's Markdown as (on the slide, for the speaker). A slide takes the part from the cell's first heading to the next one, a fragment what stands before any heading."""
     text = re.sub(r"\[!\[.*?\]\(.*?\)\]\(.*?\)", "", text)  # badges
     text = re.sub(r"\[([^\]]+)\]\([\w./#-]+\.ipynb[^)]*\)", r"\1", text)  # other notebooks are not at hand
+    text = re.sub(r"(?m)^(?!(?:[-*]|\d+\.) |\s)(.+)\n(?=(?:[-*]|\d+\.) )", r"\1\n\n", text)  # a list is a block of its own
     blocks = [block for block in re.split(r"\n\s*\n", text.strip()) if block.strip()]
     at = [i for i, block in enumerate(blocks) if HEADING.match(block)]
     if kind == "slide" and at:
@@ -91,12 +92,12 @@ def code_of(cell):
 
 
 def outputs_of(cell, title):
-    said = printed(cell["outputs"]).strip("\n")
-    parts = [f"<pre class='said'>{html.escape(said)}</pre>"] if said else []
+    said, drawn = printed(cell["outputs"]).strip("\n"), any("image/png" in o.get("data", {}) for o in cell["outputs"])
+    parts = [f"<pre class='said'>{html.escape(said)}</pre>"] if said and not drawn else []  # a picture needs the room
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
-            alt = output.get("metadata", {}).get("image/png", {}).get("alt", title)
+            alt = cell["metadata"].get("alt", title)
             parts.append(f"<div class='figure'><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{''.join(data['image/png']).strip()}'></div>")
         elif "text/html" in data:
             parts.append(re.sub(r"<style.*?</style>|border=\"1\"", "", "".join(data["text/html"]), flags=re.S))
@@ -114,7 +115,7 @@ def slides_of(notebook):
         if kind in ("slide", "fragment"):
             if cell["cell_type"] == "markdown":
                 shown, notes = shortened(source, kind)
-                body = MARKDOWN.render(shown)
+                body = MARKDOWN.render(shown) if not re.fullmatch(r"#+ .*", shown) else ""
             else:
                 body, notes = code_of(cell) + outputs_of(cell, title), ""
             if not body:
