@@ -147,11 +147,13 @@ def test_slides_go_forward_to_the_end(slides, page, number):
     total = page.evaluate("Reveal.getTotalSlides()")
     assert total > 15
     steps = page.evaluate("document.querySelectorAll('.fragment').length") + total - 1
-    for _ in range(steps):
-        assert not page.evaluate("Reveal.isLastSlide() && !Reveal.availableFragments().next")
-        assert not (cut := page.evaluate(CUT_OFF)), (page.evaluate("Reveal.getIndices().h + 1"), cut)
+    at_the_end, cut = "Reveal.isLastSlide() && !Reveal.availableFragments().next", {}
+    for step in range(steps + 1):
+        assert page.evaluate(at_the_end) == (step == steps)
+        if found := page.evaluate(CUT_OFF):
+            cut[page.evaluate("Reveal.getIndices().h + 1")] = found
         page.keyboard.press("Space")
-    assert page.evaluate("Reveal.isLastSlide() && !Reveal.availableFragments().next") and not page.evaluate(CUT_OFF)
+    assert not cut
     assert not page.problems and {urlsplit(url).scheme for url in page.asked} <= {"file", "data", "blob"}
 
 
