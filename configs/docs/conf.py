@@ -1,7 +1,6 @@
 """The site: what the notebooks say and store, nothing executed, and no page asks another host for anything (make docs)."""
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -36,23 +35,32 @@ def modules():
     return [(found[1], f) for found, f in made if found]
 
 
-def write_pages():
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    (SOURCE / "api").mkdir(parents=True)
-    shutil.copytree(ROOT / "figures", SOURCE / "figures", ignore=shutil.ignore_patterns("data"))
-    for page in HERE.glob("*.md"):
-        shutil.copy(page, SOURCE)
+def pages():
+    """Path -> content of every page and figure of the site."""
+    course = [f"nbs/course/{path.stem}" for path in sorted((ROOT / "nbs/course").glob("*.ipynb")) if path.stem != "syllabus"]
+    yield "index.md", (HERE / "index.md").read_text(encoding="utf-8").replace("nbs/course/others", "\n".join(course)).encode()
+    for figure in (ROOT / "figures").glob("*.*"):
+        yield f"figures/{figure.name}", figure.read_bytes()
     for notebook in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/course").glob("*.ipynb")]:
-        page = SOURCE / notebook.relative_to(ROOT)
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(json.dumps(page_of(notebook)), encoding="utf-8")
-    table = ["| module | what it is for |", "|---|---|"]
+        yield notebook.relative_to(ROOT).as_posix(), json.dumps(page_of(notebook)).encode()
+    lines = ["# API reference", "", "What the library offers, a page for each module, in the order in which the modules build on each other.", "", "| module | what it is for |", "|---|---|"]
     for name, notebook in modules():
         page = api.page(name, (ROOT / f"icu_nb/{name}.py").read_text(encoding="utf-8"), notebook)
-        (SOURCE / f"api/{name}.md").write_text(page, encoding="utf-8")
-        table.append(f"| [{name}](api/{name}.md) | {page.splitlines()[2]} |")
+        lines.append(f"| [{name}](api/{name}.md) | {page.splitlines()[2]} |")
+        yield f"api/{name}.md", page.encode()
     tree = ["```{toctree}", ":hidden:", *(f"api/{name}" for name, _ in modules()), "```"]
-    (SOURCE / "api.md").write_text("\n".join(["# API reference", "", "What the library offers, a page for each module, in the order in which the modules build on each other.", "", *table, "", *tree]), encoding="utf-8")
+    yield "api.md", "\n".join([*lines, "", *tree]).encode()
+
+
+def write_pages():
+    """What has not changed is left alone, so that Sphinx need not read it again."""
+    wanted = {SOURCE / name: content for name, content in pages()}
+    for stale in {path for path in SOURCE.rglob("*.*") if path.is_file()} - wanted.keys():
+        stale.unlink()
+    for path, content in wanted.items():
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
 
 write_pages()
