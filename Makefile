@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export course figures seeds tokens bench baselines audit reproduce clean
+.PHONY: help quickstart test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,11 +43,11 @@ help:  ## this list
 	@echo "c.IPKernelApp.log_level = 40" > .venv/etc/ipython/ipython_kernel_config.py
 
 # torch goes first and alone: left to the resolver, a build of another version, for other hardware, can come in.
-.venv/.nb .venv/.dev: pyproject.toml requirements.lock | .venv/bin/python
+.venv/.nb .venv/.docs .venv/.dev: pyproject.toml requirements.lock | .venv/bin/python
 	@echo "Installing into .venv: this takes some minutes, once."
 	$(PIP) $(TORCH)
 	$(PIP) -c requirements.lock -e ".[$(subst .,,$(notdir $@))]"
-	@touch .venv/.nb $@  # dev holds all of nb
+	@touch $(if $(filter %.dev,$@),.venv/.nb .venv/.docs) $@  # dev holds all of nb and docs
 
 # A path given on the command line counts from here, wherever the notebook runs.
 full_path = "$$($(PY) -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(1)")"
@@ -87,6 +87,13 @@ export: .venv/.dev  ## write icu_nb/ from the notebooks, and clean the notebooks
 
 course: .venv/.nb  ## write the students' notebooks, nbs/course/exercises_*.ipynb, from the solutions
 	$(PY) -m icu_nb.exercises nbs/course
+
+slides: .venv/.docs  ## slides of four sessions, from cells of the notebooks: one file each in _docs/slides, opens without a network
+	$(PY) configs/docs/slides.py _docs/slides
+
+docs: slides  ## the site, from the outputs stored in the notebooks: _docs/site/index.html
+	@mkdir -p _docs/source
+	$(PY) -m sphinx -W --keep-going -q -c configs/docs _docs/source _docs/site
 
 figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
 	$(PY) -m icu_nb.plots

@@ -1,0 +1,216 @@
+"""Site, slides and JupyterLab in a real browser: headless Chromium, driven by Playwright. Without them the tests are skipped."""
+import contextlib
+import functools
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is in the extra dev")
+pytest.importorskip("myst_nb", reason="Sphinx and its parts are in the extra docs")
+ROOT = Path(__file__).resolve().parents[1]
+SITE, SLIDES = ROOT / "_docs/site", ROOT / "_docs/slides"
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: install it (Debian: apt install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        one = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield one
+        one.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page, with what went wrong on it and the addresses it asked for."""
+    one = browser.new_page(viewport={"width": 1280, "height": 720})
+    one.set_default_timeout(120_000)
+    one.problems, one.asked = [], set()
+    one.on("console", lambda message: one.problems.append(message.text) if message.type == "error" else None)
+    one.on("pageerror", lambda error: one.problems.append(str(error)))
+    one.on("request", lambda request: one.asked.add(request.url))
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def slides(browser):
+    run("configs/docs/slides.py", SLIDES)
+    return sorted(SLIDES.glob("session_*.html"))
+
+
+@pytest.fixture(scope="module")
+def site(slides):
+    """The address of the site, built as `make docs` builds it: a warning is an error."""
+    (ROOT / "_docs/source").mkdir(parents=True, exist_ok=True)
+    run("-m", "sphinx", "-W", "--keep-going", "-q", "-c", "configs/docs", "_docs/source", SITE)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+# ---- the site ----
+
+def test_every_page_loads_and_leads_to_pages_that_exist(site, page):
+    pages = {path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.parent.name != "_static"}
+    assert {"index.html", "api.html", "api/unlearn.html", "nbs/00_quickstart.html", "nbs/course/syllabus.html"} <= pages
+    links, anchors = {}, {}
+    for name in sorted(pages - {path.name for path in SLIDES.glob("*.html")}):
+        page.goto(site + name)
+        assert page.title(), name
+        assert not page.problems, (name, page.problems)
+        links[name] = page.eval_on_selector_all("a[href]", "links => links.map(link => link.getAttribute('href'))")
+        anchors[name] = set(page.eval_on_selector_all("[id]", "found => found.map(one => one.id)")) | {""}
+    assert not {url for url in page.asked if not url.startswith((site, "data:"))}
+    for name, found in links.items():
+        for link in found:
+            target, anchor = urldefrag(urljoin(site + name, link))
+            if target.startswith(site):
+                path = unquote(target.removeprefix(site)) or "index.html"
+                assert (SITE / path).exists(), f"{name}: {link}"
+                assert path not in anchors or unquote(anchor) in anchors[path], f"{name}: {link}"
+
+
+def test_search_finds_a_notebook_and_a_function(site, page):
+    page.goto(site + "search.html?q=calibrate_thresholds")
+    page.wait_for_selector("#search-results .search li")
+    found = page.inner_text("#search-results")
+    assert "icu_nb.iur" in found and "Iterative unlearning refinement" in found
+
+
+def test_site_is_light_and_dark(site, page):
+    ground = lambda: page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.goto(site)
+    page.emulate_media(color_scheme="light")
+    light = ground()
+    page.emulate_media(color_scheme="dark")
+    assert sum(map(int, light[4:-1].split(","))) > 600 > 200 > sum(map(int, ground()[4:-1].split(",")))
+
+
+def test_formulas_are_set_and_parameters_described(site, page):
+    page.goto(site + "nbs/04_kui.html")
+    assert page.locator("math").count() > 3 and page.locator(".formula math").first.bounding_box()["height"] > 20
+    page.goto(site + "api/iur.html")
+    assert page.locator("tr", has_text="heldout").filter(has_text="that the model never saw").count() == 1
+
+
+def test_slider_changes_the_picture(site, page):
+    page.goto(site + "nbs/07_unlearn.html")
+    figures = page.locator("figure:has(input[type=range])")
+    if not figures.count():
+        pytest.skip("07 holds no slider yet")
+    seen = lambda: figures.first.evaluate("figure => [...figure.querySelectorAll('span')].map(span => getComputedStyle(span).backgroundColor).join()")
+    before = seen()
+    figures.first.locator("input[type=range]").press("End")
+    assert seen() != before
+    figures.first.locator("input[type=range]").press("Home")
+    assert seen() == before and not page.problems
+
+
+# ---- slides ----
+
+CUT_OFF = """() => {
+  const slide = Reveal.getCurrentSlide(), box = slide.getBoundingClientRect(), unit = box.height/720;
+  const parts = [...slide.querySelectorAll(":scope > :not(aside, footer), .fragment > *, img, pre, table, .formula > math")].filter(part => !part.closest("aside"));
+  return parts.filter(part => { const b = part.getBoundingClientRect(); return b.bottom > box.bottom - 24*unit || b.right > box.right || b.left < box.left; }).map(part => part.outerHTML.slice(0, 200));
+}"""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_slides_go_forward_to_the_end(slides, page, number):
+    """With the space bar, from a file, and nothing is cut off on the way."""
+    path = slides[number - 1]
+    page.goto(path.as_uri())
+    page.wait_for_function("Reveal.isReady()")
+    total = page.evaluate("Reveal.getTotalSlides()")
+    assert total > 15
+    steps = page.evaluate("document.querySelectorAll('.fragment').length") + total - 1
+    at_the_end, cut = "Reveal.isLastSlide() && !Reveal.availableFragments().next", {}
+    for step in range(steps + 1):
+        assert page.evaluate(at_the_end) == (step == steps)
+        if found := page.evaluate(CUT_OFF):
+            cut[page.evaluate("Reveal.getIndices().h + 1")] = found
+        page.keyboard.press("Space")
+    assert not cut
+    assert not page.problems and {urlsplit(url).scheme for url in page.asked} <= {"file", "data", "blob"}
+
+
+# ---- JupyterLab ----
+
+@contextlib.contextmanager
+def lab(folder):
+    """The address of a JupyterLab whose root is this folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}", "--IdentityProvider.token=", "--ServerApp.open_browser=False", "--ServerApp.allow_root=True",
+                "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.jpserver_extensions={'jupyterlab': True}"]
+    process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        for line in process.stdout:
+            if f":{port}/lab" in line:
+                break
+        else:
+            pytest.fail("JupyterLab did not start")
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # so that its pipe never fills
+        yield f"http://127.0.0.1:{port}/lab/tree/"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def run_all_cells(page, folder, notebook, minutes):
+    """Open a notebook in JupyterLab, run and save it by its menus, and return its cells."""
+    with lab(folder) as address:
+        page.goto(address + notebook)
+        page.wait_for_selector('.jp-NotebookPanel-toolbar [data-status="idle"]', state="attached")
+        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        page.wait_for_selector('.jp-InputArea-prompt:text-is("[1]:")')
+        page.wait_for_function("""() => !document.querySelector('.jp-NotebookPanel-toolbar [data-status="busy"]') &&
+            ![...document.querySelectorAll('.jp-InputArea-prompt')].some(prompt => prompt.textContent == '[*]:')""", timeout=60_000*minutes)
+        page.keyboard.press("Control+s")
+        page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+        shown = {kind: page.locator(f".jp-OutputArea-output {kind}").count() for kind in ("table", "img")}
+    return json.loads((folder / notebook).read_text(encoding="utf-8"))["cells"], shown
+
+
+def without_outputs(notebook, target):
+    book = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in book["cells"]:
+        cell.update({"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {})
+    target.write_text(json.dumps(book), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_quickstart_runs_in_jupyterlab(page, tmp_path):
+    pytest.importorskip("jupyterlab")
+    without_outputs(ROOT / "nbs/00_quickstart.ipynb", tmp_path / "00_quickstart.ipynb")
+    cells, shown = run_all_cells(page, tmp_path, "00_quickstart.ipynb", minutes=15)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert shown["table"] and shown["img"], shown
