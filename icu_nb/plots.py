@@ -911,12 +911,18 @@ def show_figure(
     folder: str|Path="figures/data", # where the rows lie
     profile: str="tiny", # whose rows
 ) -> None:
-    "A figure on the page, or what is missing."
+    "A figure on the page, in a notebook with its alternative text, or what is missing."
     try:
-        draw_figure(name, folder, profile)
-        plt.show()
+        fig = draw_figure(name, folder, profile)
     except InputError as error:
         print(f"{name}: not drawn. {error}")
+        return
+    if "inline" in plt.get_backend():
+        from IPython.display import display
+        display(fig, metadata={"image/png": {"alt": alt_text(fig) or name}})
+        plt.close(fig) # or it would be shown again at the end of the cell
+    else:
+        plt.show()
 
 
 def main(

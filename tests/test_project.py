@@ -219,9 +219,9 @@ def test_checked_cells_have_output_to_compare(path):
 
 @each_notebook
 def test_is_clean(path):
-    """As nbdev_clean leaves it: no execution counts, no cell metadata but tags and slides, an id for each cell."""
+    """As nbdev_clean leaves it: no execution counts, no cell metadata but tags, alternative texts and slides, an id for each cell."""
     for cell in cells(path):
-        assert cell.get("execution_count") is None and cell["id"] and set(cell["metadata"]) <= {"tags", "hide_input", "slideshow"}
+        assert cell.get("execution_count") is None and cell["id"] and set(cell["metadata"]) <= {"tags", "hide_input", "alt", "slideshow"}
 
 
 # ---- README, Makefile, requirements ----
