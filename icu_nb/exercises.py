@@ -814,7 +814,7 @@ def student_notebook(
         if solved and cell["cell_type"] != "code":
             continue
         source = outline(source) if solved else source.replace("solutions_", "exercises_").replace("# Solutions", "# Exercises")
-        cells.append(cell | {"source": source.splitlines(keepends=True), "metadata": {} if solved else cell["metadata"]} | ({"outputs": []} if "outputs" in cell else {}))
+        cells.append(cell | {"source": source.splitlines(keepends=True), "metadata": {} if solved else {key: value for key, value in cell["metadata"].items() if key != "alt"}} | ({"outputs": []} if "outputs" in cell else {}))
     return solutions | {"cells": cells}
 
 
