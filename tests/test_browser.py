@@ -59,7 +59,7 @@ def slides(browser):
 def site(slides):
     """The address of the site, built as `make docs` builds it: a warning is an error."""
     (ROOT / "_docs/source").mkdir(parents=True, exist_ok=True)
-    run("-m", "sphinx", "-W", "--keep-going", "-q", "-c", "configs/docs", "_docs/source", SITE)
+    run("-m", "sphinx", "-aW", "--keep-going", "-q", "-c", "configs/docs", "_docs/source", SITE)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
