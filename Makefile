@@ -93,7 +93,7 @@ slides: .venv/.docs  ## slides of four sessions, from cells of the notebooks: on
 
 docs: slides  ## the site, from the outputs stored in the notebooks: _docs/site/index.html
 	@mkdir -p _docs/source
-	$(PY) -m sphinx -W --keep-going -q -c configs/docs _docs/source _docs/site
+	$(PY) -m sphinx -aW --keep-going -q -c configs/docs _docs/source _docs/site
 
 figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
 	$(PY) -m icu_nb.plots

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -59,7 +60,7 @@ def slides(browser):
 def site(slides):
     """The address of the site, built as `make docs` builds it: a warning is an error."""
     (ROOT / "_docs/source").mkdir(parents=True, exist_ok=True)
-    run("-m", "sphinx", "-W", "--keep-going", "-q", "-c", "configs/docs", "_docs/source", SITE)
+    run("-m", "sphinx", "-aW", "--keep-going", "-q", "-c", "configs/docs", "_docs/source", SITE)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
@@ -111,7 +112,8 @@ def test_site_is_light_and_dark(site, page):
 
 def test_formulas_are_set_and_parameters_described(site, page):
     page.goto(site + "nbs/04_kui.html")
-    assert page.locator("math").count() > 3 and page.locator(".formula math").first.bounding_box()["height"] > 20
+    heights = page.eval_on_selector_all(".formula math", "all => all.map(one => one.getBoundingClientRect().height)")
+    assert len(heights) > 2 and max(heights) > 35  # a fraction is higher than a line
     page.goto(site + "api/iur.html")
     assert page.locator("tr", has_text="heldout").filter(has_text="that the model never saw").count() == 1
 
@@ -165,32 +167,30 @@ def lab(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}", "--IdentityProvider.token=", "--ServerApp.open_browser=False", "--ServerApp.allow_root=True",
+    token = secrets.token_hex(16)
+    settings = [f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--ServerApp.open_browser=False", "--ServerApp.allow_root=True",
                 "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.jpserver_extensions={'jupyterlab': True}"]
     process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        for line in process.stdout:
-            if f":{port}/lab" in line:
-                break
-        else:
+        if not any(f":{port}/lab" in line for line in process.stdout):  # read up to the line that says where it runs
             pytest.fail("JupyterLab did not start")
         threading.Thread(target=process.stdout.read, daemon=True).start()  # so that its pipe never fills
-        yield f"http://127.0.0.1:{port}/lab/tree/"
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
     finally:
         process.terminate()
         process.wait(60)
 
 
 def run_all_cells(page, folder, notebook, minutes):
-    """Open a notebook in JupyterLab, run and save it by its menus, and return its cells."""
+    """Open a notebook in JupyterLab, run it by the menu and save it: its cells, and how many tables and pictures stand on the page."""
     with lab(folder) as address:
-        page.goto(address + notebook)
-        page.wait_for_selector('.jp-NotebookPanel-toolbar [data-status="idle"]', state="attached")
+        page.goto(address.format(notebook))
+        page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")  # earlier there is no kernel that could run anything
         page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-        page.wait_for_selector('.jp-InputArea-prompt:text-is("[1]:")')
-        page.wait_for_function("""() => !document.querySelector('.jp-NotebookPanel-toolbar [data-status="busy"]') &&
-            ![...document.querySelectorAll('.jp-InputArea-prompt')].some(prompt => prompt.textContent == '[*]:')""", timeout=60_000*minutes)
+        page.wait_for_function("""() => {
+            const prompts = [...document.querySelectorAll('.jp-InputArea-prompt')].map(prompt => prompt.textContent).filter(text => text.trim());
+            return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text)); }""", timeout=60_000*minutes)
         page.keyboard.press("Control+s")
         page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
         shown = {kind: page.locator(f".jp-OutputArea-output {kind}").count() for kind in ("table", "img")}

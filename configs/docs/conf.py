@@ -90,6 +90,7 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "icu_nb"
 html_static_path = [str(HERE / "static")]
+html_favicon = str(HERE / "static/icon.svg")  # without one, browsers ask for it all the same
 html_css_files = ["site.css"]
 html_copy_source = False
 html_extra_path = [str(ROOT / "_docs/slides")]
