@@ -97,6 +97,7 @@ docs: slides  ## the site, from the outputs stored in the notebooks: _docs/site/
 
 figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
 	$(PY) -m icu_nb.plots
+	$(PY) -m icu_nb.plots main_table_pile --profile gpu
 
 seeds: .venv/.nb  ## what README's first figure and tables show: the quickstart with seeds 0 1 2 on people, and on pile where DATA_DIR (or ICU_NB_DATA) is given
 	for d in people $(if $(DATA_DIR)$(ICU_NB_DATA),pile); do for s in 0 1 2; do \

@@ -8,12 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from scipy.stats import t as student
+
+from icu_nb.tables import pool_draws, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -234,20 +234,25 @@ def test_readme_commands_exist():
     assert set(commands) <= set(targets)
 
 
-def ratio_to_icu(rows, method, kind):
-    """Perplexity over that of ICU by MA, seed by seed: geometric mean and 95 % t-interval."""
-    by_seed = rows.pivot(index="seed", columns="method", values=kind)
-    logs = np.log(by_seed[method]/by_seed["icu by MA"])
-    half = student.ppf(0.975, len(logs) - 1)*logs.sem()
-    return np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+README_TABLES = [
+    ("tiny", "people", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "acc_retain", "epochs"]),
+    ("tiny", "pile0", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "epochs"]),
+    ("gpu", "pile", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "ppl_pile", "epochs"])]
 
 
-def test_what_readme_says_of_the_methods_stands_in_the_rows():
-    readme, rows = (ROOT / "README.md").read_text(encoding="utf-8"), pd.read_csv(ROOT / "figures/data/baselines.csv")
-    assert "KL {:.1f} times [{:.1f}, {:.1f}]".format(*ratio_to_icu(rows, "kl", "held-out")) in readme
-    assert "{:.2f} times ICU's perplexity [{:.2f}, {:.2f}]".format(*ratio_to_icu(rows, "rmu", "other retain")) in readme
-    assert "(MA {:.2f})".format(rows[rows.method == "icu"].ma.mean()) in readme
-    assert f"{rows.seconds.sum()/60:.0f} minutes" in readme
+def main_table(profile, data, columns):
+    """The rows of README's table: methods by what held-out texts pay, a number per column."""
+    rows = pool_draws(pd.read_csv(ROOT / "figures/data/main_table.csv").query("profile == @profile"))
+    rows = rows[rows.data == data]
+    means = summarize(rows, columns, ["label"]).pivot(index="label", columns="column", values="mean").sort_values("ppl_heldout")
+    few = [label for label in means.index if label != "original" and not rows[rows.label == label].reached.all()]
+    form = {"ma": "{:.2f}", "acc_retain": "{:.2f}", "epochs": "{:.0f}"}
+    return [f"| {label}{' *' if label in few else ''} | " + " | ".join(form.get(c, "{:,.3g}" if row[c] < 100 else "{:,.0f}").format(row[c]) for c in columns) + " |" for label, row in means.iterrows()]
+
+
+@pytest.mark.parametrize("profile, data, columns", README_TABLES)
+def test_readme_shows_the_main_table_as_it_is_stored(profile, data, columns):
+    assert "\n".join(main_table(profile, data, columns)) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_readme_says_of_attackers_stands_in_the_rows():
