@@ -23,8 +23,9 @@ def page_of(notebook):
     cells = book["cells"][:first] + book["cells"][first + 1:]
     for cell in cells:
         source = COLAB.sub("[Open in Colab]", "".join(cell["source"]))
-        if "alt" in cell["metadata"]:
-            cell["metadata"]["mystnb"] = {"image": {"alt": cell["metadata"]["alt"]}}
+        alts = [cell["metadata"].get("alt"), *(o.get("metadata", {}).get("image/png", {}).get("alt") for o in cell.get("outputs", []))]
+        if alt := next(filter(None, alts), None):
+            cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
         cell["source"] = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M) if cell["cell_type"] == "code" else source
     return {**book, "cells": [c for c in cells if c["cell_type"] != "code" or c["source"].strip()]}
 

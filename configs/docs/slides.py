@@ -97,7 +97,7 @@ def outputs_of(cell, title):
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
-            alt = cell["metadata"].get("alt", title)
+            alt = output["metadata"].get("image/png", {}).get("alt") or cell["metadata"].get("alt", title)
             parts.append(f"<div class='figure'><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{''.join(data['image/png']).strip()}'></div>")
         elif "text/html" in data:
             parts.append(re.sub(r"<style.*?</style>|border=\"1\"", "", "".join(data["text/html"]), flags=re.S))
