@@ -392,8 +392,8 @@ def plot_neighbors(
     rows: pd.DataFrame, # of the experiment `neighbors`
     ax=None, # an Axes; None: a new one
 ): # the Axes
-    "What other neighbors than the nearest one do to texts that are nobody's neighbor."
-    return plot_relative(rows, "nearest", ["ppl_retain", "ppl_heldout", "ppl_general"], ax)
+    "What other neighbors than the nearest one do to texts that no variant trains on."
+    return plot_relative(rows, "nearest", ["ppl_heldout", "ppl_general"], ax)
 
 # %% ../nbs/12_plots.ipynb #12000042
 def plot_thresholds(
