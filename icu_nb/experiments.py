@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .core import ICUError, InputError, atomic_path, require
 from .data import local_runs
+from .metrics import NonFinite
 from .baselines import OBJECTIVES, PUBLISHED, TINY, get_objective
 from .utility import first_line
 from .judge import Endpoint
@@ -170,6 +171,8 @@ def cells(
     require(name in size.experiments or name not in PROFILES["tiny"].experiments, "profile", f"{name} is not made for {profile}", f"There it is: {', '.join(size.experiments)}")
     require(seeds is None or isinstance(seeds, int) and seeds >= 1, "seeds", f"{seeds!r} is not a positive integer", "Give 1 or more")
     runs, found = local_runs(files.data_dir) if profile != "tiny" else [], []
+    require(bool(runs) or profile == "tiny", "data_dir", "there is no folder pile_extraction/run<k> in it", "Leave it out to download, or name a folder that has one")
+    texts = files.digest() if profile != "tiny" else None
     for seed in range(seeds or min(experiment.seeds, len(runs) or experiment.seeds)):
         for label, method, changes in experiment.grid:
             rest = {name: value for name, value in changes.items() if name not in ("data", "model")}
@@ -178,7 +181,7 @@ def cells(
             if profile != "tiny":
                 if method not in IN_LARGE or {"data", "model", "copies"} & set(changes):
                     continue
-                data, rest = f"pile{runs[seed % len(runs)]}", {"texts": files.digest()} | rest
+                data, rest = f"pile{runs[seed % len(runs)]}", {"texts": texts} | rest
             found += [Cell(name, profile, data, model, method, label, seed, settings_json(profile, method, rest)) for model in models]
     place = {(cell.seed, cell.data, cell.model): i for i, cell in reversed([*enumerate(found)])}
     once = {cell.key: cell for cell in reversed(found)}.values()
@@ -332,18 +335,20 @@ def run(
     if files.judge: # whether it can be asked is known before anything is computed
         Endpoint(files.judge, files.judge_url)
     done = set(read_rows(folder, name)["key"])
+    for path in Path(folder).glob(f"{name}_*.csv"): # what is damaged is told before anything is computed
+        read_csv(path)
     todo, missing, began = [cell for cell in plan if cell.key not in done], {}, time.perf_counter()
     left, spent = guesses(todo), []
     tell(f"{name} ({profile}): {len(plan) - len(todo)} of {len(plan)} runs are there; the others take about {duration(sum(left))}")
     for number, cell in enumerate(todo):
         pace = (time.perf_counter() - began)/sum(spent) if sum(spent) > 60 else 1.0
-        if time.perf_counter() - began + pace*left[number] > 60*minutes:
+        if time.perf_counter() - began + (0 if math.isnan(left[number]) else pace*left[number]) > 60*minutes:
             missing |= {f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}": "no time left; the same command goes on" for cell in todo[number:]}
             break
         where = f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}"
         try:
             unmeasured = make_or_copy(cell, folder, files)
-        except ICUError as error:
+        except (ICUError, NonFinite) as error: # a model whose numbers are none cannot be measured
             missing[where] = first_line(error)
             tell(f"{name} {number + 1}/{len(todo)}  {where}: not run ({missing[where]})")
             continue
@@ -390,18 +395,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m icu_nb.experiments", description="Runs the experiments of the paper, and more; every run makes a row.")
     tasks = parser.add_subparsers(dest="task", required=True)
     profiles = "; ".join(f"{name}: {profile.about}" for name, profile in PROFILES.items())
-    for task, about in {"run": "make the runs that are not there yet", "list": "what there is", "status": "what is there and what is not", "table": "means and intervals"}.items():
-        one = tasks.add_parser(task, help=about)
-        if task in ("run", "table"):
-            one.add_argument("name", help=f"{', '.join(EXPERIMENTS)}" + ("; or all" if task == "run" else ""))
-        one.add_argument("--profile", default="tiny", help=f"{profiles} (default: tiny)")
-        one.add_argument("--seeds", type=int, help="how many, from 0 (default: the experiment's own number)")
-        one.add_argument("--out", metavar="DIR", default="figures/data", help="where the rows lie (default: figures/data)")
-        one.add_argument("--data-dir", metavar="DIR", help="local copies of the public files (default: ICU_NB_DATA, or downloaded)")
-        one.add_argument("--texts", metavar="DIR", help="general text for the gpu profile (default: dialogues and WikiText)")
-        one.add_argument("--judge", metavar="MODEL", help="let this model judge what is said, from 0 to 10; the texts to forget are sent to it (default: nobody is asked)")
-        one.add_argument("--judge-url", metavar="URL", help="its OpenAI-compatible server; the key stands in OPENAI_API_KEY (default: OpenAI's own)")
-        one.add_argument("--minutes", type=float, default=math.inf, help="begin no run that would end later (default: no limit)")
+    parsers = {task: tasks.add_parser(task, help=about) for task, about in {"run": "make the runs that are not there yet", "list": "what there is", "status": "what is there and what is not", "table": "means and intervals"}.items()}
+    parsers["run"].add_argument("name", help=f"{', '.join(EXPERIMENTS)}; or all")
+    parsers["table"].add_argument("name", help=", ".join(EXPERIMENTS))
+    for of, option, settings in (
+            ("run list status table", "--profile", dict(default="tiny", help=f"{profiles} (default: tiny)")),
+            ("run list status", "--seeds", dict(type=int, help="how many, from 0 (default: the experiment's own number)")),
+            ("run status table", "--out", dict(metavar="DIR", default="figures/data", help="where the rows lie (default: figures/data)")),
+            ("run list status", "--data-dir", dict(metavar="DIR", help="local copies of the public files (default: ICU_NB_DATA, or downloaded)")),
+            ("run list status", "--texts", dict(metavar="DIR", help="general text for the gpu profile (default: dialogues and WikiText)")),
+            ("run list status", "--judge", dict(metavar="MODEL", help="let this model judge what is said, from 0 to 10; the texts to forget are sent to it (default: nobody is asked)")),
+            ("run", "--judge-url", dict(metavar="URL", help="its OpenAI-compatible server; the key stands in OPENAI_API_KEY (default: OpenAI's own)")),
+            ("run", "--minutes", dict(type=float, default=math.inf, help="begin no run that would end later (default: no limit)"))):
+        for task in of.split():
+            parsers[task].add_argument(option, **settings)
     return parser
 
 
@@ -422,14 +429,14 @@ def main(
 ) -> int: # 0: all done; 2: something given cannot be used; 3: something was not run; 130: interrupted
     "`python -m icu_nb.experiments`: see --help."
     args = make_parser().parse_args(argv)
-    files = Files(args.data_dir, args.texts, args.judge, args.judge_url)
+    files = Files(*(getattr(args, name, None) for name in ("data_dir", "texts", "judge", "judge_url")))
     try:
         if args.task in ("list", "status"):
             overview(args, files)
         elif args.task == "table":
-            known(args.name, EXPERIMENTS, "name")
-            rows = read_rows(args.out, args.name)
-            print(results_table(rows, SHOWN).to_string() if len(rows) else f"{args.name} has no rows in {args.out} yet.")
+            known(args.name, EXPERIMENTS, "name"), known(args.profile, PROFILES, "profile")
+            rows = read_rows(args.out, args.name).query("profile == @args.profile")
+            print(results_table(rows, SHOWN).to_string() if len(rows) else f"{args.name} has no rows of profile {args.profile} in {args.out} yet.")
         else:
             end = time.perf_counter() + 60*args.minutes
             names = known(args.profile, PROFILES, "profile").experiments if args.name == "all" else [args.name]

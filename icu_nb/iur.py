@@ -176,7 +176,7 @@ def watched(
 ) -> Callable: # a refinement
     "The same refinement, which also looks at the model after every check."
     everybody = lambda scores, thresholds: np.full(len(scores), True)
-    @functools.wraps(refinement or everybody) # to a checkpoint it is the same one
+    @functools.wraps(refinement or everybody) # to a checkpoint it is the one that is asked
     def refine(scores: pd.DataFrame, thresholds: Thresholds) -> np.ndarray:
         noted.append(look())
         return (refinement or everybody)(scores, thresholds)

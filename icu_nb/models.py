@@ -194,6 +194,8 @@ def memorize(
     require(longest <= context, "seq_len", f"a text has {longest} tokens and the model takes {context}", "Choose a smaller seq_len")
     code = [inspect.getsource(part) for part in (random_starts, trainer, train_epochs)]
     recipe = dict(tokens=tokens, rows=rows, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, code=code)
+    if torch.is_autocast_enabled("cuda"): # other weights come of it
+        recipe["precision"] = str(torch.get_autocast_dtype("cuda"))
     folder = cache_dir()/"models"/recipe_key(model, **recipe)
     if cache and (folder/"history.json").exists():
         load_weights(model, folder/"model.safetensors")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SCRATCH', 'SHAPE', 'ARCHITECTURES', 'MEMORIZED', 'PASSES', 'ENCODERS', 'REFINEMENTS', 'YARDSTICKS',
-           'FINDINGS', 'run_key', 'Cell', 'fresh_model', 'Files', 'memorize_in_passes', 'Given', 'corpus_of', 'prepare',
-           'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested', 'Outcome', 'goal_of',
-           'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back', 'perplexities',
-           'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked', 'measure', 'PeakMemory',
-           'sample_rows', 'run_cell']
+           'FINDINGS', 'load_scorer', 'run_key', 'Cell', 'fresh_model', 'Files', 'memorize_in_passes', 'Given',
+           'corpus_of', 'prepare', 'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested',
+           'Outcome', 'goal_of', 'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back',
+           'perplexities', 'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked',
+           'measure', 'PeakMemory', 'sample_rows', 'run_cell']
 
 # %% ../nbs/10b_one_run.ipynb #10a00004
 import copy, dataclasses, functools, hashlib, importlib.util, json, math, random, threading, time, warnings
@@ -169,6 +169,12 @@ class Given:
     fresh: Callable|None=None # seed -> a model with random weights
     retrain: Callable|None=None # -> a model trained without the forget texts
     seconds: float=0.0 # what it took
+    embedder: str|None=None # a key of `ENCODERS`; None: the model's own hidden states
+
+    @cached_property
+    def near(self) -> Callable:
+        "Who is near whom."
+        return sentence_embedder(find_encoder(self.embedder)) if self.embedder else model_embedder(self.original, self.tokenizer)
 
     @cached_property
     def unseen(self) -> Thresholds:
@@ -178,7 +184,7 @@ class Given:
     @cached_property
     def pairs(self) -> np.ndarray:
         "Each forget text's nearest neighbor."
-        return prepare_task(self.original, self.tokenizer, self.corpus.forget, self.corpus.retain, ICUConfig(seq_len=self.seq_len)).pairs
+        return prepare_task(self.original, self.tokenizer, self.corpus.forget, self.corpus.retain, ICUConfig(seq_len=self.seq_len), self.near).pairs
 
     @cached_property
     def retrained(self):
@@ -207,12 +213,13 @@ def prepare(
     n_forget: int, # texts to forget
     seq_len: int, # tokens per text
     files: Files=Files(), # the user's files
+    embedder: str|None=None, # a key of `ENCODERS`
 ) -> Given:
     "Texts and original of a run; the last ones asked for are kept."
     began, corpus = time.perf_counter(), corpus_of(data, n_forget, seed, files)
     took = lambda: time.perf_counter() - began
     if model not in ("tiny gpt-neo", *ARCHITECTURES):
-        return Given(corpus, *load_model(model), seed, seq_len, seconds=took())
+        return Given(corpus, *load_model(model), seed, seq_len, seconds=took(), embedder=embedder)
     tokenizer = gpt2_tokenizer(files.data_dir) if model == SCRATCH else train_tokenizer(corpus.trained_on())
     fresh = functools.partial(fresh_model, model, len(tokenizer))
     original = fresh(seed)
@@ -221,11 +228,11 @@ def prepare(
             train, test = general_split(blocks, max(1, len(blocks) - 200), 200, seed)
             corpus = dataclasses.replace(corpus, general_train=train, general_test=test)
         memorize_in_passes(original, tokenizer, corpus, seed, seq_len)
-        return Given(corpus, original, tokenizer, seed, seq_len, fresh, seconds=took())
+        return Given(corpus, original, tokenizer, seed, seq_len, fresh, seconds=took(), embedder=embedder)
     def learn(made, forget: list[str]): # as `tiny_model` does
         memorize(made, tokenizer, forget, corpus.retain + corpus.general_train, epochs=corpus.epochs, repeats=corpus.repeats, seq_len=seq_len, seed=seed)
         return made
-    return Given(corpus, learn(original, corpus.forget), tokenizer, seed, seq_len, fresh, lambda: learn(fresh(seed), []), took())
+    return Given(corpus, learn(original, corpus.forget), tokenizer, seed, seq_len, fresh, lambda: learn(fresh(seed), []), took(), embedder)
 
 # %% ../nbs/10b_one_run.ipynb #10a00019
 ENCODERS = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2", "bert-base-uncased": "bert-base-uncased"} # name -> on the Hub
@@ -273,13 +280,12 @@ def pool_of(
 
 
 def embedder_of(
-    options: dict, # embedder, neighbors and general are used
-    given: Given, # the model whose hidden states are the default
+    options: dict, # neighbors and general are used
+    given: Given, # the usual answer
 ) -> Callable: # for `unlearn`
     "Who is near whom."
-    near = sentence_embedder(find_encoder(options["embedder"])) if options["embedder"] else model_embedder(given.original, given.tokenizer)
     rng, sign, share = np.random.default_rng(given.seed), -1 if options["neighbors"] == "farthest" else 1, options["general"]
-    base = (lambda texts: rng.standard_normal((len(texts), 16))) if options["neighbors"] == "random" else near
+    base = (lambda texts: rng.standard_normal((len(texts), 16))) if options["neighbors"] == "random" else given.near
     lane = lambda vectors, there: np.column_stack([vectors, 100.0*there])
     embed = lambda texts: lane(base(texts), np.arange(len(texts)) >= (len(texts) - len(given.corpus.general_train) if share else len(texts)))
     embed.uncached = lambda texts: lane(sign*getattr(base, "uncached", base)(texts), np.arange(len(texts)) < round(share*len(texts)))
@@ -369,6 +375,7 @@ def unlearned(
     given: Given, # what it begins with
 ) -> Outcome:
     "Train as the settings say, one request after the other."
+    seed_everything(cell.seed) # an adapter begins with random numbers
     model = copy.deepcopy(given.original)
     model = add_lora(model) if cell.method == "eul" else model
     parts = np.array_split(np.array(requested(cell, given), dtype=object), cell.options["batches"])
@@ -391,7 +398,8 @@ def walked_back(
         return model
     enough = lambda part: memorization_accuracy(at(part), **vars(tokenize(texts, given.tokenizer, options["seq_len"]))).mean() <= goal
     low, high = 0.0, 1.0
-    while high - low > 1/64 and enough(1.0):
+    reaches = enough(high)
+    while reaches and high - low > 1/64:
         middle = (low + high)/2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return Outcome(at(high), 5)
@@ -464,13 +472,15 @@ def attack_columns(
     return {column: table[metric] for column, metric in FINDINGS.items() if metric in table}
 
 # %% ../nbs/10b_one_run.ipynb #10a00028
-@functools.lru_cache
+load_scorer = functools.lru_cache(BERTScorer)
+
+
 def scorer_of(
     name: str|None, # a key of `ENCODERS`
 ) -> BERTScorer|None:
-    "The encoder behind bert_f1; where it cannot be had the column stays empty."
+    "The encoder behind bert_f1; where it cannot be had the column stays empty, and every run says so."
     try:
-        return BERTScorer(find_encoder(name)) if name else None
+        return load_scorer(find_encoder(name)) if name else None
     except InputError as error:
         warnings.warn(f"not measured: bert_f1 ({first_line(error)})")
 
@@ -530,10 +540,10 @@ class PeakMemory:
 
     def watch(self) -> None:
         "Look, until told to end."
-        while True:
+        last = False
+        while not last:
+            last = self.done.wait(0.05)
             self.megabytes = max(self.megabytes, self.process.memory_info().rss/1e6)
-            if self.done.wait(0.05):
-                break
 
     def __exit__(self, *_):
         self.done.set()
@@ -549,7 +559,6 @@ def sample_rows(
     given: Given, # the texts
 ) -> pd.DataFrame: # epoch, id, prompt, truth, continuation, ma, el, active
     "What the model says of the first few texts, epoch by epoch; of a yardstick once."
-    require(cell.data == "people", "samples", "Pile texts may be personal and are not stored", "Take invented people")
     rows = scores.assign(epoch=outcome.epochs, active=False) if outcome.samples is None else outcome.samples
     prompts, truths = asked(tokenize(requested(cell, given), given.tokenizer, given.seq_len), given)
     rows = rows[rows["id"] < cell.options["samples"]]
@@ -562,7 +571,8 @@ def run_cell(
     files: Files=Files(), # the user's files
 ) -> tuple[dict, pd.DataFrame|None, pd.DataFrame|None]: # the row, the history, the samples
     "Make one run, and measure what came of it. Every row of every table begins here."
-    given, clock = prepare(cell.data, cell.model, cell.seed, cell.options["n_forget"], cell.options["seq_len"], files), time.perf_counter
+    require(not cell.options["samples"] or cell.data == "people", "samples", "Pile texts may be personal and are not stored", "Take invented people")
+    given, clock = prepare(cell.data, cell.model, cell.seed, cell.options["n_forget"], cell.options["seq_len"], files, cell.options["embedder"]), time.perf_counter
     goal_of(cell.options, given), given.pairs # measured before the clock runs
     began = clock()
     with PeakMemory() as memory:

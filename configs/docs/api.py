@@ -41,7 +41,7 @@ def fields(cls):
     if init:
         yield from parameters(init)
     else:
-        yield from ((n.target.id, n.annotation, n.value, n.end_lineno) for n in cls.body if isinstance(n, ast.AnnAssign))
+        yield from ((n.target.id, n.annotation, n.value, n.end_lineno) for n in cls.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation))
 
 
 def described(entries, returns, comments):
@@ -52,11 +52,17 @@ def described(entries, returns, comments):
     return ["| parameter | type | default | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""] if rows else []
 
 
+def returns_of(node):
+    return f" -> {ast.unparse(node.returns).strip(chr(39))}" if node.returns else ""
+
+
 def signature(name, node):
     """As one calls it, without types."""
+    if isinstance(node, ast.FunctionDef) and any(ast.unparse(one).endswith("property") for one in node.decorator_list):
+        return "\n".join(["```python", f"{name}{returns_of(node)}", "```"])
     if isinstance(node, ast.FunctionDef):
         inner = re.sub(r"^(self|cls)(, |$)", "", ast.unparse(untyped(node.args)))
-        returns = f" -> {ast.unparse(node.returns).strip(chr(39))}" if node.returns else ""
+        returns = returns_of(node)
     else:
         inner, returns = ", ".join(f"{n}={ast.unparse(default)}" if default else n for n, _, default, _ in fields(node)), ""
     lines = textwrap.wrap(f"{name}({inner}){returns}", 88, subsequent_indent="    ", break_long_words=False)
