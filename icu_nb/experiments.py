@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'COLUMNS', 'LABELS', 'ABLATION', 'WEIGHTS', 'RATES', 'EXPERIMENTS', 'NEIGHBORS', 'RULE', 'OWN', 'THRESHOLDS',
-           'MANY', 'FEW', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS', 'SPOKEN',
-           'MEMORIZING', 'TRAINING', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile', 'known', 'cells',
-           'read_csv', 'read_rows', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration', 'make_or_copy', 'run',
-           'grid_table', 'load_rows', 'make_parser', 'overview', 'main']
+           'MANY', 'AT_ONCE', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS',
+           'SPOKEN', 'MEMORIZING', 'TRAINING', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile', 'known',
+           'cells', 'read_csv', 'read_rows', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration',
+           'make_or_copy', 'run', 'grid_table', 'load_rows', 'make_parser', 'overview', 'main']
 
 # %% ../nbs/11_experiments.ipynb #11000004
 import argparse, contextlib, dataclasses, functools, io, json, math, sys, time, warnings
@@ -107,9 +107,9 @@ THRESHOLDS = (
     ("BLEU, nobody left", "icu", RULE | {"stop": "all_forgotten"}))
 
 MANY = {"n_forget": 512}
-FEW = MANY | {"max_epochs": 100} # an epoch of one step is short
+AT_ONCE = {n: MANY | {"requests": n, "max_epochs": epochs} for n, epochs in {1: 320, 8: 320, 64: 40, 512: 20}.items()} # at least 320 steps for each: an epoch of one step is short
 REQUESTS = (
-    *plain("original", **MANY), *((f"{LABELS[method]}, {n} at once", method, (FEW if n < 64 else MANY) | {"requests": n}) for method in ("icu", "ga") for n in (1, 8, 64, 512)),
+    *plain("original", **MANY), *((f"{LABELS[method]}, {n} at once", method, changes) for method in ("icu", "ga") for n, changes in AT_ONCE.items()),
     ("ICU, 512 in 8 batches", "icu", MANY | {"requests": 512, "batches": 8}))
 
 # %% ../nbs/11_experiments.ipynb #11000019
