@@ -775,8 +775,8 @@ def plot_bench_growth(
 ): # a matplotlib Figure
     "Seconds per epoch as one size grows."
     names = [name.removeprefix("growth: ") for name in rows.benchmark.unique() if name.startswith("growth: ")]
-    fig, axes = plt.subplots(1, len(names), figsize=(11, 3.4), sharey=True, squeeze=False)
-    for ax, axis in zip(axes[0], names):
+    fig, (axes,) = plt.subplots(1, len(names), figsize=(11, 3.4), sharey=True, squeeze=False)
+    for ax, axis in zip(axes, names):
         for phase, color, marker in [("training", "#0072B2", "o"), ("check", "#D55E00", "s")]:
             seconds, line = bench_growth_line(rows, axis, phase)
             ax.plot(seconds.index, seconds, color=color, marker=marker, ls="none")
