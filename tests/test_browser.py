@@ -96,9 +96,8 @@ def test_every_page_loads_and_leads_to_pages_that_exist(site, page):
 
 def test_search_finds_a_notebook_and_a_function(site, page):
     page.goto(site + "search.html?q=calibrate_thresholds")
-    page.wait_for_selector("#search-results .search li")
-    found = page.inner_text("#search-results")
-    assert "icu_nb.iur" in found and "Iterative unlearning refinement" in found
+    for found in ("icu_nb.iur", "Iterative unlearning refinement"):  # they come one after the other
+        page.locator("#search-results li", has_text=found).first.wait_for()
 
 
 def test_site_is_light_and_dark(site, page):
