@@ -339,13 +339,14 @@ def run(
         read_csv(path)
     todo, missing, began = [cell for cell in plan if cell.key not in done], {}, time.perf_counter()
     left, spent = guesses(todo), []
+    in_full = lambda cell: f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}"
     tell(f"{name} ({profile}): {len(plan) - len(todo)} of {len(plan)} runs are there; the others take about {duration(sum(left))}")
     for number, cell in enumerate(todo):
         pace = (time.perf_counter() - began)/sum(spent) if sum(spent) > 60 else 1.0
         if time.perf_counter() - began + (0 if math.isnan(left[number]) else pace*left[number]) > 60*minutes:
-            missing |= {f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}": "no time left; the same command goes on" for cell in todo[number:]}
+            missing |= {in_full(cell): "no time left; the same command goes on" for cell in todo[number:]}
             break
-        where = f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}"
+        where = in_full(cell)
         try:
             unmeasured = make_or_copy(cell, folder, files)
         except (ICUError, NonFinite) as error: # a model whose numbers are none cannot be measured

@@ -12,6 +12,8 @@ from transformers import (BertConfig, BertModel, Gemma2Config, Gemma2ForCausalLM
 
 import icu_nb.cle
 import icu_nb.head
+import icu_nb.unlearn
+from icu_nb.baselines import get_objective
 from icu_nb.cle import OriginalModel, cached_embedder, kl_loss, model_embedder, nearest_neighbors, pair_learning_loss
 from icu_nb.core import InputError, mixed_precision, peak_memory
 from icu_nb.data import Sequences, pad
@@ -424,6 +426,18 @@ def test_the_arithmetic_follows_the_device(monkeypatch, has_gpu, native, expecte
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
     assert mixed_precision() == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name, settings", [("icu", {}), ("ga", {}), ("npo", {}), ("rmu", {"layer": 0}), ("undial", {})])
+def test_a_gpu_says_what_the_cpu_says(tiny, monkeypatch, name, settings):
+    """In 32 bits: two epochs end at the same MA, and their losses differ by rounding."""
+    monkeypatch.setattr(icu_nb.unlearn, "mixed_precision", lambda: "no")
+    ends = []
+    for device in ("cpu", "cuda"):
+        result = unlearn(tiny.copy().to(device), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(lr=1e-4, max_epochs=2), objective=get_objective(name, **settings), thresholds=Thresholds(ma=0.0, el=0.0))
+        ends.append(result.history.iloc[-1])
+    assert ends[1].loss == pytest.approx(ends[0].loss, rel=1e-3) and ends[1].ma == pytest.approx(ends[0].ma, abs=0.01)
 
 
 @pytest.mark.parametrize("scale, fails", [(65536.0, False), (1.0, True), (None, True)])

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from icu_nb.experiments import EXPERIMENTS
 from icu_nb.tables import pool_draws, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -253,6 +254,14 @@ def main_table(profile, data, columns):
 @pytest.mark.parametrize("profile, data, columns", README_TABLES)
 def test_readme_shows_the_main_table_as_it_is_stored(profile, data, columns):
     assert "\n".join(main_table(profile, data, columns)) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_says_how_long_the_tiny_rows_took():
+    """Runs that several experiments share were made once, and so was each original."""
+    rows = pd.concat([pd.read_csv(ROOT / f"figures/data/{name}.csv") for name in EXPERIMENTS if (ROOT / f"figures/data/{name}.csv").exists()])
+    rows = rows[rows.profile == "tiny"].drop_duplicates("key")
+    seconds = rows[["seconds_train", "seconds_check", "seconds_evaluate"]].sum().sum() + rows.groupby(["data", "model", "seed"]).seconds_prepare.max().sum()
+    assert f"{seconds/3600:.1f} hours of one thread" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_readme_says_of_attackers_stands_in_the_rows():

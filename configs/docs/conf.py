@@ -23,7 +23,7 @@ def page_of(notebook):
     cells = book["cells"][:first] + book["cells"][first + 1:]
     for cell in cells:
         source = COLAB.sub("[Open in Colab]", "".join(cell["source"]))
-        alts = [cell["metadata"].get("alt"), *(o.get("metadata", {}).get("image/png", {}).get("alt") for o in cell.get("outputs", []))]
+        alts = [*(o.get("metadata", {}).get("image/png", {}).get("alt") for o in cell.get("outputs", [])), cell["metadata"].get("alt")]
         if alt := next(filter(None, alts), None):
             cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
         cell["source"] = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M) if cell["cell_type"] == "code" else source
