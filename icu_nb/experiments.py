@@ -6,15 +6,16 @@
 __all__ = ['SCHEMA', 'COLUMNS', 'LABELS', 'ABLATION', 'WEIGHTS', 'RATES', 'EXPERIMENTS', 'NEIGHBORS', 'RULE', 'OWN', 'THRESHOLDS',
            'MANY', 'AT_ONCE', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS',
            'SPOKEN', 'MEMORIZING', 'TRAINING', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile', 'known',
-           'cells', 'read_csv', 'read_rows', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration',
+           'cells', 'read_csv', 'read_rows', 'claim', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration',
            'make_or_copy', 'run', 'grid_table', 'load_rows', 'make_parser', 'overview', 'main']
 
 # %% ../nbs/11_experiments.ipynb #11000004
-import argparse, contextlib, dataclasses, functools, io, json, math, sys, time, warnings
-from collections.abc import Callable
+import argparse, contextlib, dataclasses, functools, hashlib, io, json, math, sys, time, warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from .core import ICUError, InputError, atomic_path, require
+from filelock import FileLock, Timeout
+from .core import ICUError, InputError, atomic_path, cache_dir, require
 from .data import local_runs
 from .metrics import NonFinite
 from .baselines import OBJECTIVES, PUBLISHED, TINY, get_objective
@@ -110,7 +111,7 @@ MANY = {"n_forget": 512}
 AT_ONCE = {n: MANY | {"requests": n, "max_epochs": epochs} for n, epochs in {1: 320, 8: 320, 64: 40, 512: 20}.items()} # at least 320 steps for each: an epoch of one step is short
 REQUESTS = (
     *plain("original", **MANY), *((f"{LABELS[method]}, {n} at once", method, changes) for method in ("icu", "ga") for n, changes in AT_ONCE.items()),
-    ("ICU, 512 in 8 batches", "icu", MANY | {"requests": 512, "batches": 8}))
+    ("ICU, 512 in 8 batches", "icu", AT_ONCE[64] | {"requests": 512, "batches": 8})) # each batch as 64 at once
 
 # %% ../nbs/11_experiments.ipynb #11000019
 ATTACKS = ["extraction", "sampling", "relearning", "quantization"]
@@ -227,6 +228,24 @@ def read_rows(
     return rows
 
 
+@contextlib.contextmanager
+def claim(
+    *what: str|Path|int, # a file; or a folder, and what there is to do in it
+    wait: bool=True, # until it is free
+) -> Iterator[bool]: # whether it is this process's alone, inside the `with` block
+    "A claim that other processes of this machine respect, and that ends with its process."
+    name = hashlib.sha256(json.dumps([str(Path(what[0]).resolve()), *what[1:]]).encode()).hexdigest()[:16]
+    place = cache_dir()/"locks"/name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(place).acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+    else:
+        with held:
+            yield True
+
+
 def put_rows(
     path: Path, # the file
     cell: Cell, # whose rows they are
@@ -234,10 +253,11 @@ def put_rows(
 ) -> None:
     "Write a run's rows in place of its older ones."
     new = table if "key" in table else pd.concat([pd.DataFrame({"key": cell.key, "label": cell.label, "seed": cell.seed}, index=table.index), table], axis=1)
-    old = read_csv(path) if path.exists() else new.head(0)
-    others = old[old["key"] != cell.key]
-    with atomic_path(path) as temporary:
-        (pd.concat([others, new], ignore_index=True) if len(others) else new).to_csv(temporary, index=False, float_format="%.6g")
+    with claim(path): # nobody else writes between reading and writing
+        old = read_csv(path) if path.exists() else new.head(0)
+        others = old[old["key"] != cell.key]
+        with atomic_path(path) as temporary:
+            (pd.concat([others, new], ignore_index=True) if len(others) else new).to_csv(temporary, index=False, float_format="%.6g")
 
 
 def store(
@@ -341,22 +361,29 @@ def run(
     left, spent = guesses(todo), []
     in_full = lambda cell: f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}"
     tell(f"{name} ({profile}): {len(plan) - len(todo)} of {len(plan)} runs are there; the others take about {duration(sum(left))}")
-    for number, cell in enumerate(todo):
-        pace = (time.perf_counter() - began)/sum(spent) if sum(spent) > 60 else 1.0
-        if time.perf_counter() - began + (0 if math.isnan(left[number]) else pace*left[number]) > 60*minutes:
-            missing |= {in_full(cell): "no time left; the same command goes on" for cell in todo[number:]}
-            break
-        where = in_full(cell)
-        try:
-            unmeasured = make_or_copy(cell, folder, files)
-        except (ICUError, NonFinite) as error: # a model whose numbers are none cannot be measured
-            missing[where] = first_line(error)
-            tell(f"{name} {number + 1}/{len(todo)}  {where}: not run ({missing[where]})")
-            continue
-        spent.append(left[number])
-        row = read_rows(folder, name).set_index("key").loc[cell.key]
-        tell(f"{name} {number + 1}/{len(todo)}  {where}: MA {row.ma:.3f}, {duration(row[['seconds_train', 'seconds_check', 'seconds_evaluate']].sum())}; {duration(pace*sum(left[number + 1:]))} left" + "".join(f"; {what}" for what in unmeasured))
-    return missing
+    with contextlib.ExitStack() as claims:
+        ours = functools.cache(lambda *model: claims.enter_context(claim(folder, name, *model, wait=False)))
+        for number, cell in enumerate(todo):
+            pace = (time.perf_counter() - began)/sum(spent) if sum(spent) > 60 else 1.0
+            if time.perf_counter() - began + (0 if math.isnan(left[number]) else pace*left[number]) > 60*minutes:
+                missing |= {cell: "no time left; the same command goes on" for cell in todo[number:]}
+                break
+            if not ours(cell.data, cell.model, cell.seed):
+                missing[cell] = "another process makes it"
+                continue
+            if cell.key in set(read_rows(folder, name)["key"]): # by another process, since we looked
+                continue
+            try:
+                unmeasured = make_or_copy(cell, folder, files)
+            except (ICUError, NonFinite) as error: # a model whose numbers are none cannot be measured
+                missing[cell] = first_line(error)
+                tell(f"{name} {number + 1}/{len(todo)}  {in_full(cell)}: not run ({missing[cell]})")
+                continue
+            spent.append(left[number])
+            row = read_rows(folder, name).set_index("key").loc[cell.key]
+            tell(f"{name} {number + 1}/{len(todo)}  {in_full(cell)}: MA {row.ma:.3f}, {duration(row[['seconds_train', 'seconds_check', 'seconds_evaluate']].sum())}; {duration(pace*sum(left[number + 1:]))} left" + "".join(f"; {what}" for what in unmeasured))
+    done = set(read_rows(folder, name)["key"])
+    return {in_full(cell): why for cell, why in missing.items() if cell.key not in done}
 
 # %% ../nbs/11_experiments.ipynb #11000064
 def grid_table(

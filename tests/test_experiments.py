@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from icu_nb.baselines import get_objective
 from icu_nb.cle import model_embedder
 from icu_nb.core import InputError
 from icu_nb.data import Corpus, tokenize
-from icu_nb.experiments import COLUMNS, EXPERIMENTS, LABELS, PROFILES, SCHEMA, Experiment, cells, main, read_csv, read_rows, run
+from icu_nb.experiments import COLUMNS, EXPERIMENTS, LABELS, PROFILES, SCHEMA, Experiment, cells, claim, main, put_rows, read_csv, read_rows, run, store
 from icu_nb.metrics import NonFinite, memorization_accuracy, perplexity
 from icu_nb.models import tiny_gpt_neo
 from icu_nb.one_run import SCRATCH, SETTINGS, Cell, Files, Given, PeakMemory, embedder_of, goal_of, pool_of, prepare, run_cell
@@ -459,6 +460,46 @@ def test_the_model_from_scratch_reads_the_users_texts(shared_data, tmp_path, mon
     assert given.corpus is corpus and len(given.tokenizer) == 50257 and "of a book that nobody wrote" in corpus.general_train[0] and not set(corpus.general_train) & set(corpus.general_test)
     with pytest.raises(InputError, match="not trained again"):
         given.retrained
+
+
+# ---- several processes ----
+
+def test_two_writers_lose_no_rows(cache, tmp_path):
+    row, made = {"ma": 0.5}, [dataclasses.replace(a_cell(), seed=seed) for seed in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda cell: put_rows(tmp_path/"mini.csv", cell, pd.DataFrame([row])), made))
+    assert set(read_csv(tmp_path/"mini.csv")["key"]) == {cell.key for cell in made}
+
+
+def test_a_claim_holds_against_other_processes_and_ends_with_its_own(cache, tmp_path):
+    code = f"from icu_nb.experiments import claim\nwith claim({str(tmp_path)!r}, 'people', 0) as ours: print(ours, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline() == "True\n"
+        with claim(tmp_path, "people", 0, wait=False) as ours, claim(tmp_path, "people", 1, wait=False) as another:
+            assert (ours, another) == (False, True)
+        other.kill()
+    with claim(tmp_path, "people", 0, wait=False) as ours:
+        assert ours
+
+
+def test_what_another_process_makes_is_left_to_it(cache, mini, tmp_path):
+    with claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
+        missing = run("mini", folder=tmp_path, tell=lambda _: None)
+    assert set(missing.values()) == {"another process makes it"} and len(missing) == 3 and all("seed 0" in where for where in missing)
+    assert [cell.seed for cell in mini] == [1, 1, 1]
+    assert run("mini", folder=tmp_path, tell=lambda _: None) == {} and len(mini) == 6
+
+
+def test_what_another_process_has_made_meanwhile_is_not_made_again(cache, mini, tmp_path, monkeypatch):
+    plan, ours = cells("mini"), []
+    def slow(cell, files):
+        if not ours: # meanwhile
+            for other in plan[1:]:
+                store(tmp_path, other, *run_cell(other, files))
+        ours.append(cell)
+        return run_cell(cell, files)
+    monkeypatch.setattr(experiments, "run_cell", slow)
+    assert run("mini", folder=tmp_path, tell=lambda _: None) == {} and ours == plan[:1]
 
 
 # ---- tables, and the shell ----
