@@ -138,8 +138,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpu_info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if line.startswith("model name")] if cpu_info.exists() else []
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    lines = [line.split(":", 1) for line in cpu_info.read_text().splitlines() if ":" in line] if cpu_info.exists() else []
+    facts = {name.strip(): value.strip() for name, value in reversed(lines)} # of the first processor
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    kind = f" (family {facts['cpu family']}, model {facts['model']})" if {"cpu family", "model"} <= set(facts) else "" # generations of one name round differently
+    return f"{name}{kind}, {os.cpu_count()} cores"
 
 
 def provenance() -> dict:
