@@ -1,6 +1,8 @@
 """Runs and grids: what makes two runs the same, that none is made twice or lost, and that a row says what was measured."""
 import dataclasses
+import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -526,20 +528,24 @@ def test_from_a_shell():
 
 # ---- the stored rows ----
 
-TOLERANCE = 0.02  # of every number, relative; to be measured with the rows: two runs, two thread counts
+# Measured on ICU's runs of seeds 0 to 2. On one machine the tiny GPT-Neo gives the same row with one thread and with two (to six
+# digits). But training amplifies how a processor rounds: two generations of one, both called AMD EPYC, differed by this much, absolute
+# for MA, EL and epochs, as a factor for perplexities. Allowed is twice as much. Ascent, which runs away, differed by more (up to 1.7 times).
+MEASURED = {"ma": 0.017, "el10": 0.002, "threshold_ma": 0.013, "epochs": 2, "ppl_neighbors": 1.13, "ppl_retain": 1.39, "ppl_heldout": 1.17, "ppl_general": 1.04}
+
+
+@functools.cache
+def made_again(cell):
+    return run_cell(cell)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_stored_row_comes_out_again(name, request):
-    """The run of the experiment that trained for the shortest time."""
-    rows = read_rows(ROOT/"figures"/"data", name)
-    rows = rows[(rows.profile == "tiny") & (rows.seconds_train > 0) & ~rows.method.isin(["original", "retrained", "random weights"])]
-    if rows.empty:
-        pytest.skip("no rows are stored")
-    stored = rows.loc[rows.seconds_train.idxmin()]
-    files = Files(str(request.getfixturevalue("shared_data"))) if stored.data != "people" else Files()
-    cell = next(cell for cell in cells(name, seeds=int(stored.seed) + 1, files=files) if cell.key == stored["key"])
-    found = run_cell(cell, files)[0]
-    for column in ("ma", "el10", "ppl_neighbors", "ppl_heldout", "ppl_general", "epochs"):
-        assert found[column] == pytest.approx(stored[column], rel=TOLERANCE, abs=TOLERANCE), column
+def test_a_stored_row_comes_out_again(name):
+    """A run of ICU on people, the usual one where the experiment has it, so that stored rows cannot drift away from the code."""
+    usual = next(cell.key for cell in cells("main_table", seeds=1) if cell.method == "icu")
+    cell = min((cell for cell in cells(name, seeds=1) if cell.method == "icu" and cell.data == "people"), key=lambda cell: cell.key != usual)
+    stored, found = read_rows(ROOT/"figures"/"data", name).set_index("key").loc[cell.key], made_again(dataclasses.replace(cell, experiment="", label=""))
+    for column, most in MEASURED.items():
+        apart = abs(math.log(found[column]/stored[column]))/math.log(most) if column.startswith("ppl") else abs(found[column] - stored[column])/most
+        assert apart <= 2, (column, stored[column], found[column])
