@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'COLUMNS', 'LABELS', 'ABLATION', 'WEIGHTS', 'RATES', 'EXPERIMENTS', 'NEIGHBORS', 'RULE', 'OWN', 'THRESHOLDS',
            'MANY', 'AT_ONCE', 'REQUESTS', 'ATTACKS', 'LARGE', 'IN_LARGE', 'OF_PAPER', 'PROFILES', 'TEXT_COLUMNS',
-           'SPOKEN', 'MEMORIZING', 'TRAINING', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile', 'known',
-           'cells', 'read_csv', 'read_rows', 'claim', 'put_rows', 'store', 'twin', 'guess', 'guesses', 'duration',
-           'make_or_copy', 'run', 'grid_table', 'load_rows', 'make_parser', 'overview', 'main']
+           'SPOKEN', 'MEMORIZING', 'TRAINING', 'ANOTHER', 'SHOWN', 'settings_json', 'Experiment', 'plain', 'Profile',
+           'known', 'cells', 'read_csv', 'read_rows', 'claim', 'put_rows', 'store', 'twin', 'guess', 'guesses',
+           'duration', 'make_or_copy', 'run', 'grid_table', 'load_rows', 'make_parser', 'overview', 'main']
 
 # %% ../nbs/11_experiments.ipynb #11000004
 import argparse, contextlib, dataclasses, functools, hashlib, io, json, math, sys, time, warnings
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .core import ICUError, InputError, atomic_path, cache_dir, require
+from .core import ICUError, InputError, atomic_path, require
 from .data import local_runs
 from .metrics import NonFinite
 from .baselines import OBJECTIVES, PUBLISHED, TINY, get_objective
@@ -230,20 +230,20 @@ def read_rows(
 
 @contextlib.contextmanager
 def claim(
-    *what: str|Path|int, # a file; or a folder, and what there is to do in it
+    folder: str|Path, # where the tables lie
+    *what: str|int, # what there is to do in it
     wait: bool=True, # until it is free
 ) -> Iterator[bool]: # whether it is this process's alone, inside the `with` block
-    "A claim that other processes of this machine respect, and that ends with its process."
-    name = hashlib.sha256(json.dumps([str(Path(what[0]).resolve()), *what[1:]]).encode()).hexdigest()[:16]
-    place = cache_dir()/"locks"/name
+    "A claim that other processes respect, and that ends with its process."
+    place = Path(folder)/".locks"/hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place)
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=-1 if wait else 0)
     try:
-        held = FileLock(place).acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-    else:
-        with held:
-            yield True
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def put_rows(
@@ -253,7 +253,7 @@ def put_rows(
 ) -> None:
     "Write a run's rows in place of its older ones."
     new = table if "key" in table else pd.concat([pd.DataFrame({"key": cell.key, "label": cell.label, "seed": cell.seed}, index=table.index), table], axis=1)
-    with claim(path): # nobody else writes between reading and writing
+    with claim(path.parent, path.name): # nobody else writes between reading and writing
         old = read_csv(path) if path.exists() else new.head(0)
         others = old[old["key"] != cell.key]
         with atomic_path(path) as temporary:
@@ -333,12 +333,13 @@ def make_or_copy(
     files: Files, # the user's files
 ) -> list[str]: # what of it could not be measured
     "Keep a run's row: another experiment's, or a new one."
-    made = twin(folder, cell)
-    with warnings.catch_warnings(record=True) as said, contextlib.redirect_stderr(io.StringIO()): # inner progress bars
+    with claim(folder, cell.key), warnings.catch_warnings(record=True) as said, contextlib.redirect_stderr(io.StringIO()): # inner progress bars
         warnings.simplefilter("always")
-        made = made or run_cell(cell, files)
-    store(folder, cell, *made)
+        store(folder, cell, *(twin(folder, cell) or run_cell(cell, files)))
     return [str(warning.message) for warning in said if str(warning.message).startswith("not measured")]
+
+
+ANOTHER = "another process has it in hand" # why something was not run
 
 
 def run(
@@ -358,30 +359,34 @@ def run(
     for path in Path(folder).glob(f"{name}_*.csv"): # what is damaged is told before anything is computed
         read_csv(path)
     todo, missing, began = [cell for cell in plan if cell.key not in done], {}, time.perf_counter()
-    left, spent = guesses(todo), []
+    there = {key for other in EXPERIMENTS for key in read_rows(folder, other)["key"]} # by whatever experiment: a copy takes no time
+    new = [cell for cell in todo if cell.key not in there]
+    left, spent, ours = dict(zip(new, guesses(new))), 0.0, {}
     in_full = lambda cell: f"{cell.label}, {cell.data}, {cell.model}, seed {cell.seed}"
-    tell(f"{name} ({profile}): {len(plan) - len(todo)} of {len(plan)} runs are there; the others take about {duration(sum(left))}")
+    tell(f"{name} ({profile}): {len(plan) - len(todo)} of {len(plan)} runs are there; the others take about {duration(sum(left.values()))}")
     with contextlib.ExitStack() as claims:
-        ours = functools.cache(lambda *model: claims.enter_context(claim(folder, name, *model, wait=False)))
         for number, cell in enumerate(todo):
-            pace = (time.perf_counter() - began)/sum(spent) if sum(spent) > 60 else 1.0
-            if time.perf_counter() - began + (0 if math.isnan(left[number]) else pace*left[number]) > 60*minutes:
-                missing |= {cell: "no time left; the same command goes on" for cell in todo[number:]}
-                break
-            if not ours(cell.data, cell.model, cell.seed):
-                missing[cell] = "another process makes it"
+            model, mine = (cell.data, cell.model, cell.seed), left.pop(cell, 0)
+            if not ours.get(model):
+                ours[model] = claims.enter_context(claim(folder, name, *model, wait=False))
+            if not ours[model]:
+                missing[cell] = ANOTHER
                 continue
             if cell.key in set(read_rows(folder, name)["key"]): # by another process, since we looked
                 continue
+            pace = (time.perf_counter() - began)/spent if spent > 60 else 1.0
+            if time.perf_counter() - began + (0 if math.isnan(mine) else pace*mine) > 60*minutes:
+                missing |= {cell: "no time left; the same command goes on" for cell in todo[number:]}
+                break
+            spent += mine
             try:
                 unmeasured = make_or_copy(cell, folder, files)
             except (ICUError, NonFinite) as error: # a model whose numbers are none cannot be measured
                 missing[cell] = first_line(error)
                 tell(f"{name} {number + 1}/{len(todo)}  {in_full(cell)}: not run ({missing[cell]})")
                 continue
-            spent.append(left[number])
             row = read_rows(folder, name).set_index("key").loc[cell.key]
-            tell(f"{name} {number + 1}/{len(todo)}  {in_full(cell)}: MA {row.ma:.3f}, {duration(row[['seconds_train', 'seconds_check', 'seconds_evaluate']].sum())}; {duration(pace*sum(left[number + 1:]))} left" + "".join(f"; {what}" for what in unmeasured))
+            tell(f"{name} {number + 1}/{len(todo)}  {in_full(cell)}: MA {row.ma:.3f}, {duration(row[['seconds_train', 'seconds_check', 'seconds_evaluate']].sum())}; {duration(pace*sum(left.values()))} left" + "".join(f"; {what}" for what in unmeasured))
     done = set(read_rows(folder, name)["key"])
     return {in_full(cell): why for cell, why in missing.items() if cell.key not in done}
 
@@ -454,7 +459,7 @@ def overview(
 
 def main(
     argv: list[str]|None=None, # the options; None: those of the command line
-) -> int: # 0: all done; 2: something given cannot be used; 3: something was not run; 130: interrupted
+) -> int: # 0: all done, or in other processes' hands; 2: something given cannot be used; 3: something was not run; 130: interrupted
     "`python -m icu_nb.experiments`: see --help."
     args = make_parser().parse_args(argv)
     files = Files(*(getattr(args, name, None) for name in ("data_dir", "texts", "judge", "judge_url")))
@@ -469,8 +474,11 @@ def main(
             end = time.perf_counter() + 60*args.minutes
             names = known(args.profile, PROFILES, "profile").experiments if args.name == "all" else [args.name]
             missing = {f"{name}: {where}": why for name in names for where, why in run(name, args.profile, args.seeds, args.out, files, (end - time.perf_counter())/60, functools.partial(print, flush=True)).items()}
-            print("\n".join(["Not run:", *(f"  {where} ({why})" for where, why in missing.items())]) if missing else "All runs are there.")
-            return 3 if missing else 0
+            undone = [f"  {where} ({why})" for where, why in missing.items() if why != ANOTHER]
+            print("\n".join(["Not run:", *undone]) if undone else "All other runs are there." if missing else "All runs are there.")
+            if others := len(missing) - len(undone):
+                print(f"{others} runs are in another process's hands. Should it stop, the same command goes on.")
+            return 3 if undone else 0
     except ICUError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

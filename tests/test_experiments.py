@@ -171,7 +171,7 @@ def test_an_interrupted_grid_goes_on(mini, tmp_path, monkeypatch, stopped_in):
     monkeypatch.setattr(*((experiments, "run_cell", stop_making) if stopped_in == "the run" else (experiments, "put_rows", stop_writing)))
     with pytest.raises(KeyboardInterrupt):
         run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and not list(tmp_path.glob(".*"))
+    assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and {path.name for path in tmp_path.glob(".*")} <= {".locks"}
     monkeypatch.setattr(experiments, "run_cell", make)
     monkeypatch.setattr(experiments, "put_rows", put)
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
@@ -466,14 +466,14 @@ def test_the_model_from_scratch_reads_the_users_texts(shared_data, tmp_path, mon
 
 # ---- several processes ----
 
-def test_two_writers_lose_no_rows(cache, tmp_path):
+def test_two_writers_lose_no_rows(tmp_path):
     row, made = {"ma": 0.5}, [dataclasses.replace(a_cell(), seed=seed) for seed in range(24)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda cell: put_rows(tmp_path/"mini.csv", cell, pd.DataFrame([row])), made))
     assert set(read_csv(tmp_path/"mini.csv")["key"]) == {cell.key for cell in made}
 
 
-def test_a_claim_holds_against_other_processes_and_ends_with_its_own(cache, tmp_path):
+def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path):
     code = f"from icu_nb.experiments import claim\nwith claim({str(tmp_path)!r}, 'people', 0) as ours: print(ours, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) as other:
         assert other.stdout.readline() == "True\n"
@@ -484,15 +484,33 @@ def test_a_claim_holds_against_other_processes_and_ends_with_its_own(cache, tmp_
         assert ours
 
 
-def test_what_another_process_makes_is_left_to_it(cache, mini, tmp_path):
+def test_what_another_process_makes_is_left_to_it(mini, tmp_path):
     with claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
         missing = run("mini", folder=tmp_path, tell=lambda _: None)
-    assert set(missing.values()) == {"another process makes it"} and len(missing) == 3 and all("seed 0" in where for where in missing)
+    assert set(missing.values()) == {experiments.ANOTHER} and len(missing) == 3 and all("seed 0" in where for where in missing)
     assert [cell.seed for cell in mini] == [1, 1, 1]
     assert run("mini", folder=tmp_path, tell=lambda _: None) == {} and len(mini) == 6
 
 
-def test_what_another_process_has_made_meanwhile_is_not_made_again(cache, mini, tmp_path, monkeypatch):
+def test_the_shell_says_what_others_have_in_hand(mini, tmp_path, capsys):
+    with claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
+        assert main(["run", "mini", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "Not run" not in said and "3 runs are in another process's hands" in said and "All runs are there" not in said
+    assert main(["run", "mini", "--out", str(tmp_path)]) == 0 and "All runs are there." in capsys.readouterr().out
+
+
+def test_copies_do_not_count_as_pace(mini, tmp_path, monkeypatch):
+    """Else a copy, guessed at minutes and made in no time, would promise that the others take none."""
+    monkeypatch.setitem(EXPERIMENTS, "twin", Experiment("?", 1, (("before", "original", SMALL), ("ascent", "ga", SMALL))))
+    run("twin", folder=tmp_path, tell=lambda _: None)
+    monkeypatch.setattr(experiments, "guess", lambda cell, begins: 600.0)
+    said = []
+    run("mini", seeds=1, folder=tmp_path, tell=said.append)
+    assert said[0].endswith("the others take about 10 min") and all(line.endswith("10 min left") for line in said[1:3]) and said[3].endswith("0 s left")
+
+
+def test_what_another_process_has_made_meanwhile_is_not_made_again(mini, tmp_path, monkeypatch):
     plan, ours = cells("mini"), []
     def slow(cell, files):
         if not ours: # meanwhile
