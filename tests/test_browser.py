@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
@@ -159,6 +160,12 @@ def test_slides_go_forward_to_the_end(slides, page, number):
 
 # ---- JupyterLab ----
 
+def answers(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def lab(folder):
     """The address of a JupyterLab whose root is this folder."""
@@ -168,11 +175,15 @@ def lab(folder):
     token = secrets.token_hex(16)
     settings = [f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--ServerApp.open_browser=False", "--ServerApp.allow_root=True",
                 "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.jpserver_extensions={'jupyterlab': True}"]
-    process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    log = folder/"jupyterlab.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], cwd=folder, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        if not any(f":{port}/lab" in line for line in process.stdout):  # read up to the line that says where it runs
-            pytest.fail("JupyterLab did not start")
-        threading.Thread(target=process.stdout.read, daemon=True).start()  # so that its pipe never fills
+        for _ in range(1200):  # two minutes; its log names the address before anybody listens there
+            if process.poll() is not None or answers(port):
+                break
+            time.sleep(0.1)
+        assert answers(port), "JupyterLab did not start:\n" + log.read_text()
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
     finally:
         process.terminate()
