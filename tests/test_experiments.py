@@ -567,5 +567,6 @@ def test_a_stored_row_comes_out_again(name):
     cell = min((cell for cell in cells(name, seeds=1) if cell.method == "icu" and cell.data == "people"), key=lambda cell: cell.key != usual)
     stored, found = read_rows(ROOT/"figures"/"data", name).set_index("key").loc[cell.key], made_again(dataclasses.replace(cell, experiment="", label=""))
     for column, most in MEASURED.items():
+        print(f"{name:12} {column:14} stored {stored[column]:10.4f}  found {found[column]:10.4f}")  # pytest -s: to measure anew
         apart = abs(math.log(found[column]/stored[column]))/math.log(most) if column.startswith("ppl") else abs(found[column] - stored[column])/most
         assert apart <= 2, (column, stored[column], found[column])
