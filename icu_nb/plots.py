@@ -927,7 +927,7 @@ def show_figure(
 
 def main(
     argv: list[str]|None=None, # the options; None: those of the command line
-) -> int: # 0: drawn is all that was named, or all that has rows; 1: something named has none; 2: something given cannot be used
+) -> int: # 0: all drawn, or without names all that has rows; 1: something named could not be drawn; 2: something given cannot be used
     "`python -m icu_nb.plots`: see --help."
     parser = argparse.ArgumentParser(prog="python -m icu_nb.plots", description="Draws the figures of the paper from stored rows.")
     parser.add_argument("names", nargs="*", default=[], help=f"which ones (default: all): {', '.join([*FIGURES, *STORED])}")
@@ -940,7 +940,7 @@ def main(
     if unknown:
         print(f"error: {', '.join(unknown)} not known; known: {', '.join(everything)}", file=sys.stderr)
         return 2
-    missing = []
+    not_drawn = []
     with plt.rc_context():
         set_figure_style()
         for name in args.names or everything:
@@ -948,12 +948,12 @@ def main(
                 fig = draw_figure(name, args.data, args.profile)
             except ICUError as error:
                 print(f"{name}: not drawn. {error}")
-                missing.append(name)
+                not_drawn.append(name)
                 continue
             paths = save_figure(fig, name if args.profile == "tiny" else f"{name}_{args.profile}", args.out)
             print("\n    ".join([f"{name}: {' '.join(map(str, paths))}", alt_text(fig)]).rstrip())
             plt.close(fig)
-    return 1 if args.names and missing else 0
+    return 1 if args.names and not_drawn else 0
 
 
 if __name__ == "__main__" and "__file__" in globals(): # not in a notebook
