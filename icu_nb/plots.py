@@ -940,7 +940,7 @@ def main(
     if unknown:
         print(f"error: {', '.join(unknown)} not known; known: {', '.join(everything)}", file=sys.stderr)
         return 2
-    not_drawn = []
+    status = 0
     with plt.rc_context():
         set_figure_style()
         for name in args.names or everything:
@@ -948,12 +948,12 @@ def main(
                 fig = draw_figure(name, args.data, args.profile)
             except ICUError as error:
                 print(f"{name}: not drawn. {error}")
-                not_drawn.append(name)
+                status = 1 if args.names else 0
                 continue
             paths = save_figure(fig, name if args.profile == "tiny" else f"{name}_{args.profile}", args.out)
             print("\n    ".join([f"{name}: {' '.join(map(str, paths))}", alt_text(fig)]).rstrip())
             plt.close(fig)
-    return 1 if args.names and not_drawn else 0
+    return status
 
 
 if __name__ == "__main__" and "__file__" in globals(): # not in a notebook

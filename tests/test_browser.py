@@ -179,11 +179,10 @@ def lab(folder):
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], cwd=folder, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        for _ in range(1200):  # two minutes; its log names the address before anybody listens there
-            if process.poll() is not None or answers(port):
-                break
+        deadline = time.monotonic() + 120
+        while not answers(port):  # its log names the address before anybody listens there
+            assert process.poll() is None and time.monotonic() < deadline, "JupyterLab did not start:\n" + log.read_text()
             time.sleep(0.1)
-        assert answers(port), "JupyterLab did not start:\n" + log.read_text()
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
     finally:
         process.terminate()
