@@ -13,7 +13,7 @@ DATASET = people
 MODEL = tiny
 DATA_DIR =
 N_FORGET =
-SEQ_LEN =
+MAX_LENGTH =
 SEED =
 MAX_EPOCHS =
 OUT_DIR = runs/quickstart
@@ -53,14 +53,14 @@ help:  ## this list
 full_path = "$$($(PY) -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(1)")"
 file_or_name = "$$(if test -e "$(1)"; then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
 
-quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|NAME [DATA_DIR= N_FORGET= SEQ_LEN= SEED= MAX_EPOCHS= OUT_DIR=]
+quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|NAME [DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
 	@mkdir -p "$(OUT_DIR)"
 	$(PY) -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
 		-k python3 -l python --progress-bar --stdout-file - --stderr-file - \
 		-r dataset $(call file_or_name,$(DATASET)) -r model $(call file_or_name,$(MODEL)) \
 		-r out_dir $(call full_path,$(OUT_DIR)) \
 		$(if $(DATA_DIR),-r data_dir $(call full_path,$(DATA_DIR))) \
-		$(if $(N_FORGET),-p n_forget $(N_FORGET)) $(if $(SEQ_LEN),-p seq_len $(SEQ_LEN)) \
+		$(if $(N_FORGET),-p n_forget $(N_FORGET)) $(if $(MAX_LENGTH),-p max_length $(MAX_LENGTH)) \
 		$(if $(SEED),-p seed $(SEED)) $(if $(MAX_EPOCHS),-p max_epochs $(MAX_EPOCHS))
 	@cat "$(OUT_DIR)/summary.txt"
 
@@ -86,7 +86,7 @@ export: .venv/.dev  ## write icu_nb/ from the notebooks, and clean the notebooks
 	.venv/bin/nbdev_clean
 
 course: .venv/.nb  ## write the students' notebooks, nbs/course/exercises_*.ipynb, from the solutions
-	$(PY) -m icu_nb.exercises nbs/course
+	$(PY) -m icu_nb.course.exercises nbs/course
 
 slides: .venv/.docs  ## slides of four sessions, from cells of the notebooks: one file each in _docs/slides, opens without a network
 	$(PY) configs/docs/slides.py _docs/slides
@@ -96,8 +96,8 @@ docs: slides  ## the site, from the outputs stored in the notebooks: _docs/site/
 	$(PY) -m sphinx -aW --keep-going -q -c configs/docs _docs/source _docs/site
 
 figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
-	$(PY) -m icu_nb.plots
-	$(PY) -m icu_nb.plots main_table_pile --profile gpu
+	$(PY) -m icu_nb.paper.plots
+	$(PY) -m icu_nb.paper.plots main_table_pile --profile gpu
 
 seeds: .venv/.nb  ## what README's first figure and tables show: the quickstart with seeds 0 1 2 on people, and on pile where DATA_DIR (or ICU_NB_DATA) is given
 	for d in people $(if $(DATA_DIR)$(ICU_NB_DATA),pile); do for s in 0 1 2; do \
@@ -110,7 +110,7 @@ tokens: .venv/.dev  ## follow one text through notebook 07's runs again, token b
 	@mkdir -p runs/tokens figures/data
 	$(PY) -m papermill nbs/07_unlearn.ipynb runs/tokens/07_unlearn.ipynb --cwd nbs \
 		-k python3 -l python --progress-bar -p store ../figures/data
-	$(PY) -m icu_nb.plots tokens
+	$(PY) -m icu_nb.paper.plots tokens
 
 bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search"]
 	@mkdir -p runs/bench figures/data
@@ -128,7 +128,7 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
 
 reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
-	$(PY) -m icu_nb.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis

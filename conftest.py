@@ -1,4 +1,5 @@
 """Lets nbval run notebooks that nbdev_clean has cleaned, and finds the real data for tests."""
+
 import os
 import re
 from pathlib import Path
@@ -6,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
-collect_ignore_glob = ["nbs/course/exercises_*.ipynb"]  # meant to be filled in; tests/test_exercises.py runs the solutions
+collect_ignore_glob = [
+    "nbs/course/exercises_*.ipynb"
+]  # meant to be filled in; tests/test_exercises.py runs the solutions
 # A directive counts only at the top of its cell, where nothing but comments and blank lines stand above it.
 EVAL_FALSE = re.compile(r"(?:[ \t]*(?:#.*)?\n)*[ \t]*#[ \t]*\|[ \t]*eval:[ \t]*false\b", re.IGNORECASE)
 

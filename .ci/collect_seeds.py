@@ -2,6 +2,7 @@
 
 Usage: collect_seeds.py RUNS_FOLDER OUT_CSV
 """
+
 import json
 import sys
 from pathlib import Path
@@ -32,12 +33,17 @@ def markdown(table):
 
 def shares(table):
     """Per data set and seed: ICU's rises as a share of gradient ascent's, and what general text paid."""
-    lines = ["| data set | seed | neighbors | held-out | general, ICU | general, gradient ascent | MA, gradient ascent minus ICU |", "|---" * 7 + "|"]
+    lines = [
+        "| data set | seed | neighbors | held-out | general, ICU | general, gradient ascent | MA, gradient ascent minus ICU |",
+        "|---" * 7 + "|",
+    ]
     for (dataset, seed), group in table.groupby(["dataset", "seed"], sort=False):
         before, icu, ascent = (group.set_index("state").loc[state] for state in STATES[:3])
-        share = lambda m: f"{(icu[m] - before[m])/(ascent[m] - before[m]):.2f}"
-        general = lambda state: f"{state['general_ppl']/before['general_ppl'] - 1:+.0%}"
-        lines.append(f"| {dataset} | {seed} | {share('neighbor_ppl')} | {share('heldout_ppl')} | {general(icu)} | {general(ascent)} | {ascent['ma'] - icu['ma']:+.3f} |")
+        share = lambda m: f"{(icu[m] - before[m]) / (ascent[m] - before[m]):.2f}"
+        general = lambda state: f"{state['general_ppl'] / before['general_ppl'] - 1:+.0%}"
+        lines.append(
+            f"| {dataset} | {seed} | {share('neighbor_ppl')} | {share('heldout_ppl')} | {general(icu)} | {general(ascent)} | {ascent['ma'] - icu['ma']:+.3f} |"
+        )
     return "\n".join(lines)
 
 

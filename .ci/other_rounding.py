@@ -2,6 +2,7 @@
 
 python .ci/other_rounding.py NOTEBOOK SEED [OUT]    OUT: keep the executed notebook there
 """
+
 import os
 import sys
 import tempfile
@@ -30,10 +31,21 @@ def main(notebook, seed, out=None):
     book.cells.insert(0, nbformat.v4.new_code_cell(NUDGE.format(seed=int(seed))))
     with tempfile.TemporaryDirectory() as cache:  # models that others memorized are of no use here
         os.environ["ICU_NB_CACHE"] = cache
-        NotebookClient(book, timeout=1800, allow_errors=True, resources={"metadata": {"path": str(Path(notebook).parent)}}).execute()
+        NotebookClient(
+            book,
+            timeout=1800,
+            allow_errors=True,
+            resources={"metadata": {"path": str(Path(notebook).parent)}},
+        ).execute()
     if out:
         nbformat.write(book, out)
-    failed = [f"{cell.id}: {output.ename}: {output.evalue}" for cell in book.cells if cell.cell_type == "code" for output in cell.outputs if output.output_type == "error"]
+    failed = [
+        f"{cell.id}: {output.ename}: {output.evalue}"
+        for cell in book.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
     print("\n".join(failed) or "every cell ran")
     return bool(failed)
 

@@ -1,4 +1,5 @@
 """The tiny model of the tests: two layers of width 32 that have memorized eight records."""
+
 import copy
 from dataclasses import dataclass
 
@@ -9,20 +10,24 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from icu_nb.data import Sequences, people, tokenize
-from icu_nb.models import memorize, tiny_gpt_neo, train_tokenizer
-from icu_nb.unlearn import ICUConfig
+from icu_nb.config import ICUConfig
+from icu_nb.data.people import people
+from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
+from icu_nb.text import Sequences, tokenize
 
-settings.register_profile("icu_nb", deadline=None)  # how long a case takes depends on what else the machine does
+settings.register_profile(
+    "icu_nb", deadline=None
+)  # how long a case takes depends on what else the machine does
 settings.load_profile("icu_nb")
 
-SEQ_LEN = 48
+MAX_LENGTH = 48
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
 
 
 @dataclass(frozen=True)
 class Tiny:
     "A memorizing model with everything that `unlearn` wants."
+
     model: torch.nn.Module  # never train it: take a copy
     tokenizer: object
     forget: list[str]
@@ -34,11 +39,22 @@ class Tiny:
 
     def config(self, **changes) -> ICUConfig:
         "Settings that suit it."
-        return ICUConfig(**dict(dict(lr=2e-3, batch_size=4, max_epochs=2, seq_len=SEQ_LEN, num_beams=1), **changes))
+        return ICUConfig(
+            **dict(
+                {
+                    "learning_rate": 2e-3,
+                    "batch_size": 4,
+                    "max_epochs": 2,
+                    "max_length": MAX_LENGTH,
+                    "num_beams": 1,
+                },
+                **changes,
+            )
+        )
 
     @property
     def sequences(self) -> Sequences:
-        return tokenize(self.forget, self.tokenizer, SEQ_LEN)
+        return tokenize(self.forget, self.tokenizer, MAX_LENGTH)
 
     @staticmethod
     def weights(model) -> dict[str, torch.Tensor]:
@@ -57,19 +73,30 @@ def tiny():
     tokenizer = train_tokenizer(records, 300)
     forget, retain, heldout = records[:8], records[8:32], records[32:]
     # Second halves too, so that the model also goes on from a prompt taken out of the middle.
-    halves = [tokenizer.decode(tokens[SEQ_LEN//2:SEQ_LEN]) for tokens in tokenizer(forget)["input_ids"]]
+    halves = [
+        tokenizer.decode(tokens[MAX_LENGTH // 2 : MAX_LENGTH]) for tokens in tokenizer(forget)["input_ids"]
+    ]
     model = tiny_gpt_neo(len(tokenizer), max_length=64, n_layers=2, hidden_size=32, n_heads=2)
-    memorize(model, tokenizer, forget + halves, [], repeats=10, epochs=20, lr=1e-2, seq_len=SEQ_LEN)
+    memorize(
+        model,
+        tokenizer,
+        forget + halves,
+        [],
+        repeats=10,
+        epochs=20,
+        learning_rate=1e-2,
+        max_length=MAX_LENGTH,
+    )
     return Tiny(model, tokenizer, forget, retain, heldout)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     "An empty cache, an empty working folder, and no local data folder."
-    monkeypatch.setenv("ICU_NB_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("ICU_NB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ICU_NB_DATA", raising=False)
-    (tmp_path/"work").mkdir()
-    monkeypatch.chdir(tmp_path/"work")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
     return tmp_path
 
 
@@ -79,4 +106,6 @@ def bos_tokenizer(tiny):
     own = Tokenizer.from_str(tiny.tokenizer.backend_tokenizer.to_str())
     own.add_special_tokens(["<s>"])
     own.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", own.token_to_id("<s>"))])
-    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<|pad|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )

@@ -1,4 +1,5 @@
 """One process of a run that several share; the first one writes what came of it. test_processes.py forks it, and starts it through launchers too."""
+
 import json
 import os
 import sys
@@ -10,14 +11,17 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from icu_nb.core import ICUError
+from icu_nb.config import ICUConfig
+from icu_nb.errors import ICUError
 from icu_nb.iur import Thresholds
-from icu_nb.loading import add_lora
-from icu_nb.unlearn import ICU, ICUConfig, gradient_ascent, unlearn
+from icu_nb.models.loading import add_lora
+from icu_nb.objective import ICU, gradient_ascent
+from icu_nb.unlearn import unlearn
 
 
 class Watched:
     "An objective, with a note of whom this process trains."
+
     remembers = ("neighbor",)
 
     def __init__(self, inner, breaks=False):
@@ -27,13 +31,15 @@ class Watched:
         self.visited.append(batch.forget.rows.tolist())
         terms = self.inner(model, batch, reference)
         broken = self.breaks and len(self.visited) == 3 and PartialState().process_index == 1
-        return {name: value*float("nan") for name, value in terms.items()} if broken else terms
+        return {name: value * float("nan") for name, value in terms.items()} if broken else terms
 
 
 def only(rows):
     """A refinement that always picks these."""
+
     def chosen(scores, thresholds):
         return scores["id"].isin(rows).to_numpy()
+
     return chosen
 
 
@@ -47,27 +53,53 @@ def no_file(thing, file, save=torch.save, **options):
 def main(folder, out, job):
     """Do a job from the folder's model and texts; write what this process saw."""
     torch.set_num_threads(1)
-    folder, out, config, texts = Path(folder), Path(out), ICUConfig(**job["config"]), json.loads((Path(folder)/"texts.json").read_text())
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder/"model"), AutoTokenizer.from_pretrained(folder/"model")
+    folder, out, config, texts = (
+        Path(folder),
+        Path(out),
+        ICUConfig(**job["config"]),
+        json.loads((Path(folder) / "texts.json").read_text()),
+    )
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        AutoTokenizer.from_pretrained(folder / "model"),
+    )
     if job.get("lora"):
         torch.manual_seed(0)
         model = add_lora(model, 4)
-    objective = Watched(gradient_ascent if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks"))
+    objective = Watched(
+        gradient_ascent if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks")
+    )
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
-    no_room = job.get("no_room") and os.environ.get("RANK", "0") == "0"  # accelerate is not asked: the first question settles what it takes itself for
+    no_room = (
+        job.get("no_room") and os.environ.get("RANK", "0") == "0"
+    )  # accelerate is not asked: the first question settles what it takes itself for
     try:
         with patch("torch.save", no_file) if no_room else nullcontext():
-            result = unlearn(model, tokenizer, texts["forget"], texts["retain"], config, objective=objective, thresholds=Thresholds(ma=0.0, el=0.0),
-                             checkpoint_dir=job.get("checkpoint_dir"), resume=job.get("resume", False), **options)
+            result = unlearn(
+                model,
+                tokenizer,
+                texts["forget"],
+                texts["retain"],
+                config,
+                objective=objective,
+                thresholds=Thresholds(ma=0.0, el=0.0),
+                checkpoint_dir=job.get("checkpoint_dir"),
+                resume=job.get("resume", False),
+                **options,
+            )
     except ICUError as error:
         seen = {"error": str(error)}
     else:
-        seen = {"stop_reason": result.stop_reason, "history": result.history.to_dict("list"), "samples": result.samples.to_dict("list"),
-                "weights": {name: p.detach() for name, p in result.model.named_parameters()}}
+        seen = {
+            "stop_reason": result.stop_reason,
+            "history": result.history.to_dict("list"),
+            "samples": result.samples.to_dict("list"),
+            "weights": {name: p.detach() for name, p in result.model.named_parameters()},
+        }
         if job.get("save"):
-            result.save_pretrained(out/"saved")
+            result.save_pretrained(out / "saved")
     rank, world = PartialState().process_index, PartialState().num_processes
-    torch.save({"world": world, "visited": objective.visited, **seen}, out/f"rank{rank}.pt")
+    torch.save({"world": world, "visited": objective.visited, **seen}, out / f"rank{rank}.pt")
     if world > 1:
         PartialState().wait_for_everyone()
         torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
 """Bad input gets one clear error, which names the argument and the remedy, before any training; nothing is changed."""
+
 import copy
 import math
 import warnings
@@ -11,13 +12,17 @@ from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import icu_nb.unlearn
-from icu_nb.cle import sentence_embedder
-from icu_nb.core import DownloadError, InputError
-from icu_nb.data import download, load_corpus, pile_extraction
+from icu_nb.config import ICUConfig
+from icu_nb.data.files import download
+from icu_nb.data.pile import pile_extraction
+from icu_nb.data.sources import load_corpus
+from icu_nb.embedding import sentence_embedder
+from icu_nb.errors import DownloadError, InputError
 from icu_nb.iur import Thresholds, calibrate_thresholds
 from icu_nb.metrics import extraction_likelihood
-from icu_nb.models import load_model
-from icu_nb.unlearn import ICU, ICUConfig, unlearn
+from icu_nb.models.loading import load_model
+from icu_nb.objective import ICU
+from icu_nb.unlearn import unlearn
 
 NAN, INF = math.nan, math.inf
 NEVER = Thresholds(ma=0.0, el=0.0)
@@ -31,47 +36,82 @@ def files_in(folder):
 def nothing_is_written(cache):
     """No test of this file may leave a file in the working folder or in the cache."""
     yield
-    assert not files_in(cache/"work") and not files_in(cache/"cache")
+    assert not files_in(cache / "work") and not files_in(cache / "cache")
 
 
 @pytest.fixture
 def refused(tiny, monkeypatch):
     """Call `unlearn`, which must refuse without a step, a warning or a change; returns what it said."""
-    def call(match, error=InputError, model=None, tokenizer=None, forget=None, retain=None, config=None, **rest):
+
+    def call(
+        match, error=InputError, model=None, tokenizer=None, forget=None, retain=None, config=None, **rest
+    ):
         def no_training(*args, **kwargs):
             raise AssertionError("it began to train")
+
         monkeypatch.setattr(icu_nb.unlearn, "train_epoch", no_training)
         model = model or tiny.copy()
         before, mode, dtype = tiny.weights(model), model.training, model.dtype
         with pytest.raises(error, match=match) as caught, warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             pick = lambda given, own: own if given is None else given
-            unlearn(model, pick(tokenizer, tiny.tokenizer), pick(forget, tiny.forget), pick(retain, tiny.retain), config or tiny.config(), **rest)
+            unlearn(
+                model,
+                pick(tokenizer, tiny.tokenizer),
+                pick(forget, tiny.forget),
+                pick(retain, tiny.retain),
+                config or tiny.config(),
+                **rest,
+            )
         assert tiny.same(model, before) and (model.training, model.dtype) == (mode, dtype)
         return str(caught.value)
+
     return call
 
 
 def is_one_clear_sentence(message):
     """The argument, what is wrong with it, and what to do, in a few words."""
-    return message.startswith("`") and message.count("`") >= 2 and "\n" not in message and ". " in message and len(message) < 400
+    return (
+        message.startswith("`")
+        and message.count("`") >= 2
+        and "\n" not in message
+        and ". " in message
+        and len(message) < 400
+    )
 
 
 # ---- texts ----
 
+
 @pytest.mark.parametrize("argument", ["forget", "retain"])
-@pytest.mark.parametrize("texts", [[], "one string", 7, ["fine", ""], ["fine", " \n\t"], ["fine", None], ["fine", 3]],
-                         ids=["empty", "string", "number", "empty text", "blank text", "no text", "number in it"])
+@pytest.mark.parametrize(
+    "texts",
+    [[], "one string", 7, ["fine", ""], ["fine", " \n\t"], ["fine", None], ["fine", 3]],
+    ids=["empty", "string", "number", "empty text", "blank text", "no text", "number in it"],
+)
 def test_texts_that_cannot_be_used(refused, argument, texts):
     if isinstance(texts, list) and texts:
-        texts, where = ["a text that is long enough to count for something here and there"]*2 + texts, r".*\[3\]"
+        texts, where = (
+            ["a text that is long enough to count for something here and there"] * 2 + texts,
+            r".*\[3\]",
+        )
     else:
         where = ""
     assert is_one_clear_sentence(refused(f"`{argument}`{where}", **{argument: texts}))
 
 
 @pytest.mark.parametrize("argument", ["forget", "retain"])
-@pytest.mark.parametrize("columns", [{"letter": ["hello"]}, {"text": []}, {"input_ids": []}, {"input_ids": [[5]*48, []]}, {"text": ["fine", ""]}], ids=str)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"letter": ["hello"]},
+        {"text": []},
+        {"input_ids": []},
+        {"input_ids": [[5] * 48, []]},
+        {"text": ["fine", ""]},
+    ],
+    ids=str,
+)
 def test_data_sets_that_cannot_be_used(refused, argument, columns):
     assert is_one_clear_sentence(refused(f"`{argument}`", **{argument: datasets.Dataset.from_dict(columns)}))
 
@@ -90,12 +130,12 @@ def test_a_text_too_short_for_el(refused, tiny):
 
 
 def test_a_text_cut_too_short_for_el(refused, tiny):
-    assert "smaller n" in refused("`forget`.*40 tokens", config=tiny.config(seq_len=30))
+    assert "smaller n" in refused("`forget`.*40 tokens", config=tiny.config(max_length=30))
 
 
 def test_a_text_longer_than_the_context(refused, tiny):
-    message = refused("`forget`.*64 tokens", config=tiny.config(seq_len=None))
-    assert is_one_clear_sentence(message) and "seq_len=64" in message
+    message = refused("`forget`.*64 tokens", config=tiny.config(max_length=None))
+    assert is_one_clear_sentence(message) and "max_length=64" in message
 
 
 @pytest.mark.parametrize("texts, k", [(1, 2), (3, 4)])
@@ -113,35 +153,63 @@ def test_a_text_in_both(tiny):
     """A warning names its index, and it is taken out of retain: no neighbor of anybody."""
     retain = [tiny.retain[0], tiny.forget[3], *tiny.retain[1:]]
     with pytest.warns(UserWarning, match=r"`retain`.*\[1\].*`forget`") as caught:
-        result = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, retain, tiny.config(max_epochs=1, n_neighbors=5), thresholds=NEVER)
+        result = unlearn(
+            tiny.copy(),
+            tiny.tokenizer,
+            tiny.forget,
+            retain,
+            tiny.config(max_epochs=1, n_neighbors=5),
+            thresholds=NEVER,
+        )
     assert len([w for w in caught if "retain" in str(w.message)]) == 1
     assert 1 not in result.pairs and result.pairs.max() > 1
-    without = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1, n_neighbors=5), thresholds=NEVER)
+    without = unlearn(
+        tiny.copy(),
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(max_epochs=1, n_neighbors=5),
+        thresholds=NEVER,
+    )
     assert np.array_equal(np.array(retain)[result.pairs], np.array(tiny.retain)[without.pairs])
 
 
 def test_all_of_retain_is_to_be_forgotten(tiny):
     model = tiny.copy()
-    with pytest.warns(UserWarning, match="`retain`"), pytest.raises(InputError, match="`retain`.*0 texts are left"):
+    with (
+        pytest.warns(UserWarning, match="`retain`"),
+        pytest.raises(InputError, match="`retain`.*0 texts are left"),
+    ):
         unlearn(model, tiny.tokenizer, tiny.forget, tiny.forget, tiny.config())
     assert tiny.same(model, tiny.weights(tiny.model))
 
 
 # ---- model and tokenizer ----
 
+
 def test_a_tokenizer_without_padding(tiny):
     """End-of-sequence is used, and said; masked as it is, it changes nothing."""
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokenizer.pad_token = None
     with pytest.warns(UserWarning, match="pad token.*end of sequence"):
-        without = unlearn(tiny.copy(), tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), thresholds=NEVER)
-    usual = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), thresholds=NEVER)
-    assert np.array_equal(without.pairs, usual.pairs) and without.history["ma"].tolist() == pytest.approx(usual.history["ma"].tolist())
+        without = unlearn(
+            tiny.copy(), tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), thresholds=NEVER
+        )
+    usual = unlearn(
+        tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), thresholds=NEVER
+    )
+    assert np.array_equal(without.pairs, usual.pairs) and without.history["ma"].tolist() == pytest.approx(
+        usual.history["ma"].tolist()
+    )
     assert tokenizer.pad_token is None, "the tokenizer itself stays as it was"
 
 
 def test_a_tokenizer_of_another_model(refused, tiny):
-    small = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)).eval()
+    small = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=200, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+        )
+    ).eval()
     message = refused("`tokenizer`.*299.*200", model=small)
     assert is_one_clear_sentence(message) and "belongs to the model" in message
 
@@ -151,17 +219,38 @@ def test_nothing_to_train(refused, tiny):
     assert is_one_clear_sentence(refused("`model`.*trainable", model=model))
 
 
-@pytest.mark.parametrize("embedder", [lambda texts: np.zeros((1, 2)), lambda texts: np.zeros(len(texts)), lambda texts: np.full((len(texts), 2), NAN)])
+@pytest.mark.parametrize(
+    "embedder",
+    [
+        lambda texts: np.zeros((1, 2)),
+        lambda texts: np.zeros(len(texts)),
+        lambda texts: np.full((len(texts), 2), NAN),
+    ],
+)
 def test_embedders_that_give_nonsense(refused, embedder):
     assert is_one_clear_sentence(refused("`embedder`", embedder=embedder))
 
 
 # ---- numbers ----
 
-@pytest.mark.parametrize("name, values", [
-    *((name, [-0.1, NAN, INF, "1", None, True]) for name in ("alpha", "beta", "lr", "max_grad_norm")), ("max_overlap", [-0.1, 1.1, NAN]),
-    *((name, [0, -1, 1.5, NAN, "1", None]) for name in ("batch_size", "max_epochs", "n", "n_neighbors", "num_beams", "eval_batch_size")),
-    *((name, [0, -1, 1.5, NAN, "1"]) for name in ("seq_len", "start", "check_steps")), ("seed", [-1, 0.5, None]), ("stop", ["never", None])])
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        *(
+            (name, [-0.1, NAN, INF, "1", None, True])
+            for name in ("alpha", "beta", "learning_rate", "max_grad_norm")
+        ),
+        ("max_overlap", [-0.1, 1.1, NAN]),
+        *(
+            (name, [0, -1, 1.5, NAN, "1", None])
+            for name in ("batch_size", "max_epochs", "n", "n_neighbors", "num_beams", "eval_batch_size")
+        ),
+        *((name, [0, -1, 1.5, NAN, "1"]) for name in ("max_length", "start", "check_steps")),
+        ("seed", [-1, 0.5, None]),
+        ("stop", ["never", None]),
+    ],
+)
 def test_impossible_settings(name, values):
     for value in values:
         with pytest.raises(InputError, match=f"`{name}`") as caught:
@@ -189,10 +278,22 @@ def test_the_last_possible_start(tiny):
 
 @pytest.mark.parametrize("n", [13, 100])
 def test_an_n_that_leaves_no_room(refused, tiny, n):
-    assert "smaller n" in refused(f"`forget`.*4n = {4*n}", config=tiny.config(n=n))
+    assert "smaller n" in refused(f"`forget`.*4n = {4 * n}", config=tiny.config(n=n))
 
 
-@pytest.mark.parametrize("start, n, argument", [(0, 10, "start"), (-3, 10, "start"), (39, 10, "start"), (1.5, 10, "start"), (None, 0, "n"), (None, -1, "n"), (None, 2.5, "n"), (None, 13, "input_ids")])
+@pytest.mark.parametrize(
+    "start, n, argument",
+    [
+        (0, 10, "start"),
+        (-3, 10, "start"),
+        (39, 10, "start"),
+        (1.5, 10, "start"),
+        (None, 0, "n"),
+        (None, -1, "n"),
+        (None, 2.5, "n"),
+        (None, 13, "input_ids"),
+    ],
+)
 def test_metrics_refuse_too(tiny, start, n, argument):
     with pytest.raises(InputError, match=f"`{argument}`"):
         extraction_likelihood(tiny.model, tiny.sequences.input_ids, n=n, start=start)
@@ -201,14 +302,21 @@ def test_metrics_refuse_too(tiny, start, n, argument):
 @pytest.mark.parametrize("texts", [[], ["fine", ""], "text", ["Too short."]])
 def test_calibration_names_its_argument(tiny, texts):
     with pytest.raises(InputError, match="`heldout`"):
-        calibrate_thresholds(tiny.model, tiny.tokenizer, texts, seq_len=48)
+        calibrate_thresholds(tiny.model, tiny.tokenizer, texts, max_length=48)
 
 
 # ---- names, files, the network ----
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: load_corpus("enron"), "`dataset`.*people.*pile"), (lambda: load_corpus("texts.csv"), "`dataset`.*texts.csv"),
-    (lambda: pile_extraction(5), "`run`.*0, 1, 2, 3 or 4"), (lambda: pile_extraction(0, "no/such/folder"), "`data_dir`.*existing folder")])
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: load_corpus("enron"), "`dataset`.*people.*pile"),
+        (lambda: load_corpus("texts.csv"), "`dataset`.*texts.csv"),
+        (lambda: pile_extraction(5), "`run`.*0, 1, 2, 3 or 4"),
+        (lambda: pile_extraction(0, "no/such/folder"), "`data_dir`.*existing folder"),
+    ],
+)
 def test_unknown_names(call, words):
     with pytest.raises(InputError, match=words) as caught:
         call()
@@ -216,9 +324,9 @@ def test_unknown_names(call, words):
 
 
 def test_a_download_that_is_another_file(tmp_path):
-    (tmp_path/"other.npy").write_bytes(b"something else")
+    (tmp_path / "other.npy").write_bytes(b"something else")
     with pytest.raises(DownloadError, match="SHA-256.*data_dir"):
-        download((tmp_path/"other.npy").as_uri(), "ab"*32, tmp_path/"cache"/"file.npy")
+        download((tmp_path / "other.npy").as_uri(), "ab" * 32, tmp_path / "cache" / "file.npy")
 
 
 @pytest.fixture
@@ -242,7 +350,9 @@ def test_a_folder_that_holds_no_model(cache):
 def test_a_hub_encoder_without_a_network(offline, refused, argument):
     if argument == "embedder":
         pytest.importorskip("sentence_transformers")
-    assert "network" in refused(f"`{argument}`.*nobody/no-such-encoder", **{argument: "nobody/no-such-encoder"})
+    assert "network" in refused(
+        f"`{argument}`.*nobody/no-such-encoder", **{argument: "nobody/no-such-encoder"}
+    )
 
 
 def test_a_sentence_encoder_without_its_library(monkeypatch):
@@ -252,6 +362,7 @@ def test_a_sentence_encoder_without_its_library(monkeypatch):
 
 
 # ---- in training ----
+
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_loss_that_is_no_number(tiny, bad):
@@ -265,8 +376,18 @@ def test_a_loss_that_is_no_number(tiny, bad):
             good.update(tiny.weights(model))
             terms["l_kl"] = terms["l_kl"] + bad
         return terms
-    with pytest.warns(UserWarning, match="epoch 2: the loss is .* in batch 2.*smaller lr"):
-        result = unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=5), objective=objective, refinement=None, thresholds=NEVER)
+
+    with pytest.warns(UserWarning, match="epoch 2: the loss is .* in batch 2.*smaller learning_rate"):
+        result = unlearn(
+            model,
+            tiny.tokenizer,
+            tiny.forget,
+            tiny.retain,
+            tiny.config(max_epochs=5),
+            objective=objective,
+            refinement=None,
+            thresholds=NEVER,
+        )
     assert result.stop_reason == "non_finite_loss" and len(calls) == 4
     assert tiny.same(model, good) and not tiny.same(model, tiny.weights(tiny.model))
 

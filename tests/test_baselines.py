@@ -1,32 +1,42 @@
 """Every baseline against a formula of its own, written here from logits with plain PyTorch in float64; and the steps, plugs and refusals around them."""
+
 import copy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_fast_paths import VOCAB, build, gradients, sequences, shake
 from torch.nn.functional import logsigmoid, mse_loss
 
-from icu_nb.baselines import OBJECTIVES, add_vector, fuse_by_least_squares, get_objective, layer_states, retrain, task_vector
 from icu_nb.checkpoint import CheckpointError
-from icu_nb.cle import OriginalModel
-from icu_nb.core import InputError
+from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.loading import add_lora
-from icu_nb.models import tiny_gpt_neo
-from icu_nb.task import Task, prepare_task
-from icu_nb.unlearn import Run, unlearn
-from test_fast_paths import VOCAB, build, gradients, sequences, shake
+from icu_nb.methods.edits import add_vector, fuse_by_least_squares, retrain, task_vector
+from icu_nb.methods.objectives import layer_states
+from icu_nb.methods.registry import OBJECTIVES, get_objective
+from icu_nb.models.loading import add_lora
+from icu_nb.models.tiny import tiny_gpt_neo
+from icu_nb.pairs import Task, prepare_task
+from icu_nb.reference import OriginalModel
+from icu_nb.unlearn import unlearn
 
 NEVER = Thresholds(ma=0, el=0)
-LENGTHS = {"forget": [12, 7, 9], "neighbor": [11, 12, 4, 8, 12, 6], "alternative": [5, 12, 8]}  # two neighbors each
-SETTINGS = {"rmu": dict(layer=0, c=2.0, alpha=3.0)}  # the published layer is no layer of so small a model
+LENGTHS = {
+    "forget": [12, 7, 9],
+    "neighbor": [11, 12, 4, 8, 12, 6],
+    "alternative": [5, 12, 8],
+}  # two neighbors each
+SETTINGS = {
+    "rmu": {"layer": 0, "c": 2.0, "alpha": 3.0}
+}  # the published layer is no layer of so small a model
 METHODS = [name for name in OBJECTIVES if name != "kumpr"]
 methods = pytest.mark.parametrize("name", METHODS)
 
 
 class Bigram(torch.nn.Module):
     """Logits that are set by hand: those of whatever follows token x stand in row x."""
+
     def __init__(self, table):
         super().__init__()
         self.table, self.device = torch.nn.Parameter(table), table.device
@@ -41,94 +51,151 @@ def bigram():
 
 def task():
     parts = {name: sequences(lengths, seed) for seed, (name, lengths) in enumerate(LENGTHS.items(), start=1)}
-    return Task(parts["forget"], parts["neighbor"], np.arange(6).reshape(3, 2), alternatives=parts["alternative"])
+    return Task(
+        parts["forget"], parts["neighbor"], np.arange(6).reshape(3, 2), alternatives=parts["alternative"]
+    )
 
 
 def setting(model, **asked):
     """The original, a model that is no longer it, and who remembers."""
     work, original = task(), copy.deepcopy(model)
-    reference = OriginalModel(model, {"forget": work.forget, "neighbor": work.neighbors, "alternative": work.alternatives}, **asked)
+    reference = OriginalModel(
+        model, {"forget": work.forget, "neighbor": work.neighbors, "alternative": work.alternatives}, **asked
+    )
     return original, shake(model, 0.1), reference, work
 
 
 # ---- formulas ----
 
+
 class Formulas:
     """Each loss from the logits of one sequence at a time, without padding: no mask, no batch, no code of the library."""
+
     def __init__(self, model, original, work):
         self.model, self.original = model, original
-        self.f, self.r, self.alt = (part.tokens() for part in (work.forget, work.neighbors, work.alternatives))
+        self.f, self.r, self.alt = (
+            part.tokens() for part in (work.forget, work.neighbors, work.alternatives)
+        )
 
     @staticmethod
     def log_p(model, read, scored=None):
         scored = read if scored is None else scored
         n = min(len(read), len(scored))
-        logits = model(input_ids=torch.tensor([read[:n]]), attention_mask=torch.ones(1, n, dtype=torch.long)).logits[0]
+        logits = model(
+            input_ids=torch.tensor([read[:n]]), attention_mask=torch.ones(1, n, dtype=torch.long)
+        ).logits[0]
         return logits[:-1].log_softmax(-1)[torch.arange(n - 1), torch.tensor(scored[1:n])]
 
     def all_log_p(self, model, text):
-        return model(input_ids=torch.tensor([text]), attention_mask=torch.ones(1, len(text), dtype=torch.long)).logits[0, :-1].log_softmax(-1)
+        return (
+            model(input_ids=torch.tensor([text]), attention_mask=torch.ones(1, len(text), dtype=torch.long))
+            .logits[0, :-1]
+            .log_softmax(-1)
+        )
 
     def ce(self, texts):
         return -torch.cat([self.log_p(self.model, text) for text in texts]).mean()
 
     def kl(self, texts):
-        pairs = [(self.all_log_p(self.original, text).detach(), self.all_log_p(self.model, text)) for text in texts]
-        return torch.cat([(p0.exp()*(p0 - p)).sum(-1) for p0, p in pairs]).mean()
+        pairs = [
+            (self.all_log_p(self.original, text).detach(), self.all_log_p(self.model, text)) for text in texts
+        ]
+        return torch.cat([(p0.exp() * (p0 - p)).sum(-1) for p0, p in pairs]).mean()
 
     def other(self):
-        return -torch.stack([self.log_p(self.model, self.f[i], self.r[2*i + k]).mean() for i in range(3) for k in range(2)]).mean()
+        return -torch.stack(
+            [self.log_p(self.model, self.f[i], self.r[2 * i + k]).mean() for i in range(3) for k in range(2)]
+        ).mean()
 
     def moved(self, texts):
-        return torch.stack([self.log_p(self.model, text).sum() - self.log_p(self.original, text).sum().detach() for text in texts])
+        return torch.stack(
+            [
+                self.log_p(self.model, text).sum() - self.log_p(self.original, text).sum().detach()
+                for text in texts
+            ]
+        )
 
     def weighted(self, weight):
         log_p = torch.cat([self.log_p(self.model, text) for text in self.f])
-        return (weight(log_p.detach().exp())*log_p).mean()
+        return (weight(log_p.detach().exp()) * log_p).mean()
 
-    def ga(self): return -self.ce(self.f)
-    def icu(self): return -self.ce(self.f) + 0.5*self.ce(self.r) + self.kl(self.r)
-    def graddiff(self): return -self.ce(self.f) + self.ce(self.r)
-    def kl_(self): return -self.ce(self.f) + self.kl(self.r)
-    def llmu(self): return -self.ce(self.f) + 0.5*self.other() + self.kl(self.r)
-    def po(self): return self.other() + 0.5*self.ce(self.r)
-    def eul(self): return self.kl(self.r) - self.kl(self.f) + self.ce(self.r) - 0.2*self.ce(self.f)
-    def npo(self): return -(2/0.1)*logsigmoid(-0.1*self.moved(self.f)).mean() + self.ce(self.r)
-    def dpo(self): return -logsigmoid(0.1*(self.moved(self.alt) - self.moved(self.f))).mean() + self.ce(self.r)
-    def wga(self): return self.weighted(lambda p: p) + self.ce(self.r)
-    def satimp(self): return 0.1*self.weighted(lambda p: p**5*(1 - p)) + self.ce(self.r)
+    def ga(self):
+        return -self.ce(self.f)
+
+    def icu(self):
+        return -self.ce(self.f) + 0.5 * self.ce(self.r) + self.kl(self.r)
+
+    def graddiff(self):
+        return -self.ce(self.f) + self.ce(self.r)
+
+    def kl_(self):
+        return -self.ce(self.f) + self.kl(self.r)
+
+    def llmu(self):
+        return -self.ce(self.f) + 0.5 * self.other() + self.kl(self.r)
+
+    def po(self):
+        return self.other() + 0.5 * self.ce(self.r)
+
+    def eul(self):
+        return self.kl(self.r) - self.kl(self.f) + self.ce(self.r) - 0.2 * self.ce(self.f)
+
+    def npo(self):
+        return -(2 / 0.1) * logsigmoid(-0.1 * self.moved(self.f)).mean() + self.ce(self.r)
+
+    def dpo(self):
+        return -logsigmoid(0.1 * (self.moved(self.alt) - self.moved(self.f))).mean() + self.ce(self.r)
+
+    def wga(self):
+        return self.weighted(lambda p: p) + self.ce(self.r)
+
+    def satimp(self):
+        return 0.1 * self.weighted(lambda p: p**5 * (1 - p)) + self.ce(self.r)
 
     def simnpo(self):
         means = torch.stack([self.log_p(self.model, text).mean() for text in self.f])
-        return 0.125*-(2/4.5)*logsigmoid(-4.5*means - 0.0).mean() + self.ce(self.r)
+        return 0.125 * -(2 / 4.5) * logsigmoid(-4.5 * means - 0.0).mean() + self.ce(self.r)
 
     def undial(self):
         losses = []
         for text in self.f:
-            z0 = self.all_log_p(self.original, text).detach() - 10.0*torch.eye(VOCAB).double()[text[1:]]
-            losses.append(-(z0.softmax(-1)*self.all_log_p(self.model, text)).sum(-1))
+            z0 = self.all_log_p(self.original, text).detach() - 10.0 * torch.eye(VOCAB).double()[text[1:]]
+            losses.append(-(z0.softmax(-1) * self.all_log_p(self.model, text)).sum(-1))
         return torch.cat(losses).mean()
 
     def rmu(self):
-        h = lambda model, texts: torch.cat([model(torch.tensor([text]), output_hidden_states=True).hidden_states[1][0, :-1] for text in texts])
+        h = lambda model, texts: torch.cat(
+            [
+                model(torch.tensor([text]), output_hidden_states=True).hidden_states[1][0, :-1]
+                for text in texts
+            ]
+        )
         u = torch.rand(16, generator=torch.Generator().manual_seed(0)).double()
-        u = 2.0*u/u.norm()
+        u = 2.0 * u / u.norm()
         states = h(self.model, self.f)
-        return mse_loss(states, u.expand_as(states)) + 3.0*mse_loss(h(self.model, self.r), h(self.original, self.r).detach())
+        return mse_loss(states, u.expand_as(states)) + 3.0 * mse_loss(
+            h(self.model, self.r), h(self.original, self.r).detach()
+        )
 
 
-@pytest.mark.parametrize("make", [bigram, lambda: build("gpt2"), lambda: build("opt")], ids=["table", "gpt2", "opt"])  # GPT-Neo computes its attention in float32
+@pytest.mark.parametrize(
+    "make", [bigram, lambda: build("gpt2"), lambda: build("opt")], ids=["table", "gpt2", "opt"]
+)  # GPT-Neo computes its attention in float32
 @methods
 def test_loss_and_gradient_are_those_of_the_formula(name, make, monkeypatch):
     if name == "rmu" and make is bigram:
         pytest.skip("a table has no layers")
-    monkeypatch.setattr("icu_nb.baselines.chunk_length", lambda head: 7)  # several chunks
+    monkeypatch.setattr("icu_nb.methods.losses.chunk_length", lambda head: 7)  # several chunks
     original, model, reference, work = setting(make(), anything=name == "rmu")
-    terms = get_objective(name, **SETTINGS.get(name, {}))(model, work.batch(torch.arange(3), "cpu"), reference)
-    wanted = getattr(Formulas(model, original, work), name + "_"*(name == "kl"))()
+    terms = get_objective(name, **SETTINGS.get(name, {}))(
+        model, work.batch(torch.arange(3), "cpu"), reference
+    )
+    wanted = getattr(Formulas(model, original, work), name + "_" * (name == "kl"))()
     assert len({round(value.item(), 9) for value in terms.values()}) == len(terms)
     torch.testing.assert_close(sum(terms.values()), wanted, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradients(model, sum(terms.values())), gradients(model, wanted), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        gradients(model, sum(terms.values())), gradients(model, wanted), rtol=0, atol=1e-9
+    )
 
 
 @methods
@@ -138,7 +205,11 @@ def test_pieces_add_up_to_the_step_exactly(name):
     for size in (3, 2, 1):
         model.zero_grad()
         for rows in torch.arange(3).split(size):
-            (sum(objective(model, work.batch(rows, "cpu", step=torch.arange(3)), reference).values())*len(rows)/3).backward()
+            (
+                sum(objective(model, work.batch(rows, "cpu", step=torch.arange(3)), reference).values())
+                * len(rows)
+                / 3
+            ).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert found[0].norm() > 1e-4
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-9)
@@ -151,13 +222,21 @@ def test_the_original_is_asked_only_about_what_was_announced(name):
     model, work = build("gpt2"), task()
     objective = get_objective(name, **SETTINGS.get(name, {}))
     parts = {"forget": work.forget, "neighbor": work.neighbors, "alternative": work.alternatives}
-    reference = OriginalModel(model, {part: parts[part] for part in parts if part in objective.remembers}, anything="anything" in objective.remembers)
+    reference = OriginalModel(
+        model,
+        {part: parts[part] for part in parts if part in objective.remembers},
+        anything="anything" in objective.remembers,
+    )
     shake(model)
-    assert all(torch.isfinite(value) for value in objective(model, work.batch(torch.tensor([2, 0]), "cpu"), reference).values())
+    assert all(
+        torch.isfinite(value)
+        for value in objective(model, work.batch(torch.tensor([2, 0]), "cpu"), reference).values()
+    )
     assert (reference.way == "not needed") == (objective.remembers == ())
 
 
 # ---- values that are known ----
+
 
 def forget_gradient(model, terms):
     return gradients(model, terms["l_fgt"])
@@ -167,10 +246,12 @@ def test_npo_without_beta_is_gradient_ascent_on_sums():
     """Equal lengths, so that the sum over a text is its mean times a constant."""
     _, model, reference, work = setting(build("gpt2"))
     batch = work.batch(torch.tensor([0]), "cpu")
-    npo, ascent = (forget_gradient(model, get_objective(*args)(model, batch, reference)) for args in (["npo"], ["ga"]))
-    assert not torch.allclose(npo, 11*ascent, rtol=0.01)
+    npo, ascent = (
+        forget_gradient(model, get_objective(*args)(model, batch, reference)) for args in (["npo"], ["ga"])
+    )
+    assert not torch.allclose(npo, 11 * ascent, rtol=0.01)
     limit = forget_gradient(model, get_objective("npo", beta=1e-7)(model, batch, reference))
-    torch.testing.assert_close(limit, 11*ascent, rtol=0, atol=1e-5)
+    torch.testing.assert_close(limit, 11 * ascent, rtol=0, atol=1e-5)
 
 
 def test_npo_at_the_original_is_its_known_value():
@@ -178,8 +259,13 @@ def test_npo_at_the_original_is_its_known_value():
     model, work = build("gpt2"), task()
     reference, batch = OriginalModel(model, {"forget": work.forget}), work.batch(torch.tensor([0]), "cpu")
     terms = get_objective("npo", beta=0.5)(model, batch, reference)
-    assert terms["l_fgt"].item() == pytest.approx(4*np.log(2))
-    torch.testing.assert_close(forget_gradient(model, terms), 11*forget_gradient(model, get_objective("ga")(model, batch, reference)), rtol=0, atol=1e-9)
+    assert terms["l_fgt"].item() == pytest.approx(4 * np.log(2))
+    torch.testing.assert_close(
+        forget_gradient(model, terms),
+        11 * forget_gradient(model, get_objective("ga")(model, batch, reference)),
+        rtol=0,
+        atol=1e-9,
+    )
 
 
 def test_simnpo_of_a_sure_model():
@@ -193,11 +279,24 @@ def test_simnpo_of_a_sure_model():
     assert terms["l_fgt"].item() == pytest.approx(np.log(2))  # (2/2) log 2
 
 
-@pytest.mark.parametrize("name, settings", [("wga", dict(beta=0)), ("satimp", dict(beta1=0, beta2=0, weight=1)), ("graddiff", dict(alpha=0)), ("kl", dict(beta=0)), ("llmu", dict(alpha=0, beta=0)), ("icu", dict(alpha=0, beta=0))])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("wga", {"beta": 0}),
+        ("satimp", {"beta1": 0, "beta2": 0, "weight": 1}),
+        ("graddiff", {"alpha": 0}),
+        ("kl", {"beta": 0}),
+        ("llmu", {"alpha": 0, "beta": 0}),
+        ("icu", {"alpha": 0, "beta": 0}),
+    ],
+)
 def test_methods_that_become_gradient_ascent(name, settings):
     _, model, reference, work = setting(build("gpt2"))
     batch = work.batch(torch.arange(3), "cpu")
-    ours, ascent = (forget_gradient(model, get_objective(*args, **more)(model, batch, reference)) for args, more in ((["ga"], {}), ([name], settings)))
+    ours, ascent = (
+        forget_gradient(model, get_objective(*args, **more)(model, batch, reference))
+        for args, more in ((["ga"], {}), ([name], settings))
+    )
     torch.testing.assert_close(ours, ascent, rtol=0, atol=1e-9)
 
 
@@ -205,23 +304,38 @@ def test_undial_without_beta_starts_at_rest():
     """The target is the original itself: no gradient there."""
     model, work = build("gpt2"), task()
     reference, batch = OriginalModel(model, {"forget": work.forget}), work.batch(torch.arange(3), "cpu")
-    at_rest, pushed = (gradients(model, sum(get_objective("undial", beta=beta)(model, batch, reference).values())) for beta in (0, 10))
+    at_rest, pushed = (
+        gradients(model, sum(get_objective("undial", beta=beta)(model, batch, reference).values()))
+        for beta in (0, 10)
+    )
     assert at_rest.abs().max() < 1e-12 < 1e-3 < pushed.abs().max()
 
 
 def test_dpo_at_the_original_is_indifferent():
     model, work = build("gpt2"), task()
     reference = OriginalModel(model, {"forget": work.forget, "alternative": work.alternatives})
-    assert get_objective("dpo")(model, work.batch(torch.arange(3), "cpu"), reference)["l_fgt"].item() == pytest.approx(np.log(2))
+    assert get_objective("dpo")(model, work.batch(torch.arange(3), "cpu"), reference)[
+        "l_fgt"
+    ].item() == pytest.approx(np.log(2))
 
 
 # ---- RMU and EUL ----
 
+
 def test_rmu_trains_no_layer_behind_its_own():
     _, model, reference, work = setting(build("gpt2"), anything=True)
-    gradients(model, sum(get_objective("rmu", **SETTINGS["rmu"])(model, work.batch(torch.arange(3), "cpu"), reference).values()))
+    gradients(
+        model,
+        sum(
+            get_objective("rmu", **SETTINGS["rmu"])(
+                model, work.batch(torch.arange(3), "cpu"), reference
+            ).values()
+        ),
+    )
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert any("h.0." in name for name in trained) and not any("h.1." in name or "ln_f" in name for name in trained)
+    assert any("h.0." in name for name in trained) and not any(
+        "h.1." in name or "ln_f" in name for name in trained
+    )
     assert not model.transformer.h[0]._forward_hooks  # nothing is left behind
 
 
@@ -239,7 +353,15 @@ def test_a_step_under_ddp(name):
     try:
         _, model, reference, work = setting(build("gpt2"), anything=name == "rmu")
         objective, batch = get_objective(name, **SETTINGS.get(name, {})), work.batch(torch.arange(3), "cpu")
-        alone = {n: g.clone() for n, g in ((n, p.grad) for n, p in model.named_parameters() if gradients(model, sum(objective(model, batch, reference).values())) is not None) if g is not None}
+        alone = {
+            n: g.clone()
+            for n, g in (
+                (n, p.grad)
+                for n, p in model.named_parameters()
+                if gradients(model, sum(objective(model, batch, reference).values())) is not None
+            )
+            if g is not None
+        }
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         for _ in range(2):
             model.zero_grad()
@@ -255,9 +377,13 @@ def test_fusing_one_request_changes_nothing_and_two_are_a_compromise():
     W = [torch.randn(3, 5, generator=generator).double() for _ in range(2)]
     X = [torch.randn(20, 5, generator=generator).double() for _ in range(2)]
     torch.testing.assert_close(fuse_by_least_squares(W[:1], X[:1]), W[0], rtol=0, atol=1e-9)
-    stacked = torch.linalg.lstsq(torch.cat(X), torch.cat([x @ w.T for x, w in zip(X, W)])).solution.T
+    stacked = torch.linalg.lstsq(
+        torch.cat(X), torch.cat([x @ w.T for x, w in zip(X, W, strict=False)])
+    ).solution.T
     torch.testing.assert_close(fuse_by_least_squares(W, X), stacked, rtol=0, atol=1e-9)
-    narrow = [x*torch.tensor([1, 1, 0, 0, 0]) for x in X]  # directions that no request has seen stay as they are
+    narrow = [
+        x * torch.tensor([1, 1, 0, 0, 0]) for x in X
+    ]  # directions that no request has seen stay as they are
     assert fuse_by_least_squares(W, narrow)[:, 2:].abs().max() < 1e-9
     with pytest.raises(InputError, match="inputs"):
         fuse_by_least_squares(W, X[:1])
@@ -265,37 +391,85 @@ def test_fusing_one_request_changes_nothing_and_two_are_a_compromise():
 
 # ---- in the loop ----
 
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_in_the_loop(tiny, name):
     """In pieces, too; and whoever pushes the forget texts down has them less likely afterwards."""
     model = add_lora(tiny.copy()) if name == "eul" else tiny.copy()
     objective = get_objective(name, **({"layer": 0} if name == "rmu" else {}))
-    result = unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1, lr=1e-3, micro_batch_size=3), objective=objective,
-                     thresholds=NEVER, refinement=None, alternatives=tiny.heldout if name == "dpo" else None)
-    terms = [column for column in result.history.columns if column.startswith("l_") and result.history[column].notna().any()]
+    result = unlearn(
+        model,
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(max_epochs=1, learning_rate=1e-3, micro_batch_size=3),
+        objective=objective,
+        thresholds=NEVER,
+        refinement=None,
+        alternatives=tiny.heldout if name == "dpo" else None,
+    )
+    terms = [
+        column
+        for column in result.history.columns
+        if column.startswith("l_") and result.history[column].notna().any()
+    ]
     row = result.history.iloc[1]
-    assert result.stop_reason == "max_epochs" and row.loss == pytest.approx(sum(row[term] for term in terms), rel=1e-3, abs=1e-3)
+    assert result.stop_reason == "max_epochs" and row.loss == pytest.approx(
+        sum(row[term] for term in terms), rel=1e-3, abs=1e-3
+    )
     before = tiny.weights(tiny.model)
     if name == "eul":
         with model.disable_adapter():
-            assert torch.equal(model(tiny.sequences.input_ids).logits, tiny.model(tiny.sequences.input_ids).logits)
+            assert torch.equal(
+                model(tiny.sequences.input_ids).logits, tiny.model(tiny.sequences.input_ids).logits
+            )
     else:
         assert not tiny.same(model, before)
 
 
-@pytest.mark.parametrize("name, settings, more, message", [
-    ("dpo", {}, {}, "`alternatives`: DPO needs"), ("eul", {}, {}, "add_lora"), ("rmu", {}, {}, "2 layers"), ("rmu", {"layer": 0.5}, {}, "0.5"),
-    ("dpo", {}, {"alternatives": ["one"]}, "`alternatives`: there are 1 for 8"), ("dpo", {}, {"alternatives": "one"}, "`alternatives`"), ("ga", {}, {"alternatives": [""]*8}, "`alternatives`")], ids=str)
-def test_what_a_method_cannot_work_with_is_refused_before_anything_changes(tiny, name, settings, more, message):
+@pytest.mark.parametrize(
+    "name, settings, more, message",
+    [
+        ("dpo", {}, {}, "`alternatives`: DPO needs"),
+        ("eul", {}, {}, "add_lora"),
+        ("rmu", {}, {}, "2 layers"),
+        ("rmu", {"layer": 0.5}, {}, "0.5"),
+        ("dpo", {}, {"alternatives": ["one"]}, "`alternatives`: there are 1 for 8"),
+        ("dpo", {}, {"alternatives": "one"}, "`alternatives`"),
+        ("ga", {}, {"alternatives": [""] * 8}, "`alternatives`"),
+    ],
+    ids=str,
+)
+def test_what_a_method_cannot_work_with_is_refused_before_anything_changes(
+    tiny, name, settings, more, message
+):
     model, before = tiny.copy(), tiny.weights(tiny.model)
     with pytest.raises(InputError, match=message):
-        unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), objective=get_objective(name, **settings), **more)
+        unlearn(
+            model,
+            tiny.tokenizer,
+            tiny.forget,
+            tiny.retain,
+            tiny.config(),
+            objective=get_objective(name, **settings),
+            **more,
+        )
     assert tiny.same(model, before)
 
 
 def test_alternatives_belong_to_the_run(tiny, tmp_path):
-    run = lambda resume, said: unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1), objective=get_objective("dpo"), thresholds=NEVER,
-                                       alternatives=said, checkpoint_dir=tmp_path, resume=resume)
+    run = lambda resume, said: unlearn(
+        tiny.copy(),
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(max_epochs=1),
+        objective=get_objective("dpo"),
+        thresholds=NEVER,
+        alternatives=said,
+        checkpoint_dir=tmp_path,
+        resume=resume,
+    )
     run(False, tiny.heldout)
     assert run(True, tiny.heldout).stop_reason == "max_epochs"
     with pytest.raises(CheckpointError, match="Give the alternatives that the run began with"):
@@ -303,14 +477,19 @@ def test_alternatives_belong_to_the_run(tiny, tmp_path):
 
 
 def test_alternatives_stand_in_the_order_of_the_forget_texts(tiny):
-    work = prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), alternatives=tiny.heldout)
+    work = prepare_task(
+        tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), alternatives=tiny.heldout
+    )
     batch = work.batch(torch.tensor([5, 2]), "cpu", step=torch.arange(8))
-    for row, i in zip(batch.alternative.input_ids, (5, 2)):
-        assert tiny.tokenizer.decode(row, skip_special_tokens=True) == tiny.tokenizer.decode(tiny.tokenizer(tiny.heldout[i])["input_ids"][:48])
+    for row, i in zip(batch.alternative.input_ids, (5, 2), strict=False):
+        assert tiny.tokenizer.decode(row, skip_special_tokens=True) == tiny.tokenizer.decode(
+            tiny.tokenizer(tiny.heldout[i])["input_ids"][:48]
+        )
     assert work.alternatives.input_ids.shape[1] == work.forget.input_ids.shape[1]
 
 
 # ---- registry ----
+
 
 def test_unknown_names_and_settings_list_the_known_ones():
     with pytest.raises(InputError, match="Known: icu, ga, kumpr, graddiff.*satimp"):
@@ -327,33 +506,60 @@ def test_unknown_names_and_settings_list_the_known_ones():
 def test_a_name_says_which_run_it_was():
     """What a checkpoint and a model card are told by."""
     from icu_nb.checkpoint import name_of
-    assert name_of(get_objective("npo", beta=0.2)) == "NPO(beta=0.2, alpha=1.0)" and name_of(get_objective("kumpr")) == name_of(get_objective("ga"))
+
+    assert name_of(get_objective("npo", beta=0.2)) == "NPO(beta=0.2, alpha=1.0)" and name_of(
+        get_objective("kumpr")
+    ) == name_of(get_objective("ga"))
 
 
 # ---- retraining and task vectors ----
 
+
 def test_retraining_leaves_the_forget_texts_out(tiny, cache):
     fresh = lambda: tiny_gpt_neo(len(tiny.tokenizer), max_length=64, n_layers=2, hidden_size=32, n_heads=2)
-    recipe = dict(epochs=1, seq_len=48)
-    ours, other = retrain(fresh(), tiny.tokenizer, tiny.forget + tiny.retain, tiny.forget, **recipe), retrain(fresh(), tiny.tokenizer, tiny.retain[::-1][::-1] + ["never seen"], ["never seen"], **recipe)
+    recipe = {"epochs": 1, "max_length": 48}
+    ours, other = (
+        retrain(fresh(), tiny.tokenizer, tiny.forget + tiny.retain, tiny.forget, **recipe),
+        retrain(fresh(), tiny.tokenizer, [*tiny.retain[::-1][::-1], "never seen"], ["never seen"], **recipe),
+    )
     assert tiny.same(ours, tiny.weights(other)) and not tiny.same(ours, tiny.weights(fresh()))
-    with pytest.raises(InputError, match="`forget`: 1 of 2 texts do not stand in `texts`"): # else the yardstick would know it
-        retrain(fresh(), tiny.tokenizer, tiny.forget + tiny.retain, [tiny.forget[0], tiny.forget[1] + " "], **recipe)
+    with pytest.raises(
+        InputError, match="`forget`: 1 of 2 texts do not stand in `texts`"
+    ):  # else the yardstick would know it
+        retrain(
+            fresh(),
+            tiny.tokenizer,
+            tiny.forget + tiny.retain,
+            [tiny.forget[0], tiny.forget[1] + " "],
+            **recipe,
+        )
 
 
 def test_a_task_vector_leads_to_the_tuned_model_and_back(tiny):
-    from icu_nb.models import mean_token_nll
-    model, loss = tiny.copy(), lambda model: mean_token_nll(model(**vars(tiny.sequences)).logits, **vars(tiny.sequences)).item()
-    vector = task_vector(model, tiny.tokenizer, tiny.forget, epochs=2, lr=1e-3, seq_len=48)
-    assert tiny.same(model, tiny.weights(tiny.model)) and vector.keys() == dict(model.named_parameters()).keys()
+    from icu_nb.language_model import mean_token_nll
+
+    model, loss = (
+        tiny.copy(),
+        lambda model: mean_token_nll(model(**vars(tiny.sequences)).logits, **vars(tiny.sequences)).item(),
+    )
+    vector = task_vector(model, tiny.tokenizer, tiny.forget, epochs=2, learning_rate=1e-3, max_length=48)
+    assert (
+        tiny.same(model, tiny.weights(tiny.model)) and vector.keys() == dict(model.named_parameters()).keys()
+    )
     add_vector(model, vector, -1.0)
     assert loss(model) > loss(tiny.model)
     add_vector(model, vector, 1.0)
-    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), tiny.model.parameters()))
+    assert all(
+        torch.allclose(p, q, atol=1e-6)
+        for p, q in zip(model.parameters(), tiny.model.parameters(), strict=False)
+    )
 
 
 def test_published_and_tiny_settings_cover_every_method():
-    from icu_nb.baselines import PUBLISHED, TINY
+    from icu_nb.methods.registry import PUBLISHED, TINY
+
     assert set(OBJECTIVES) <= set(PUBLISHED) <= set(TINY)
-    for name, (lr, settings) in TINY.items():
-        assert 0 < lr <= 0.01 and (name == "task vector" or get_objective(name.split()[0], **settings))
+    for name, (learning_rate, settings) in TINY.items():
+        assert 0 < learning_rate <= 0.01 and (
+            name == "task vector" or get_objective(name.split()[0], **settings)
+        )

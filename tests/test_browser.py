@@ -1,4 +1,5 @@
 """Site, slides and JupyterLab in a real browser: headless Chromium, driven by Playwright. Without them the tests are skipped."""
+
 import contextlib
 import functools
 import http.server
@@ -24,7 +25,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", 
 
 
 def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -75,15 +78,26 @@ def site(slides):
 
 # ---- the site ----
 
+
 def test_every_page_loads_and_leads_to_pages_that_exist(site, page):
-    pages = {path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.parent.name != "_static"}
-    assert {"index.html", "api.html", "api/unlearn.html", "nbs/00_quickstart.html", "nbs/course/syllabus.html"} <= pages
+    pages = {
+        path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.parent.name != "_static"
+    }
+    assert {
+        "index.html",
+        "api.html",
+        "api/unlearn.html",
+        "nbs/00_quickstart.html",
+        "nbs/course/syllabus.html",
+    } <= pages
     links, anchors = {}, {}
     for name in sorted(pages - {path.name for path in SLIDES.glob("*.html")}):
         page.goto(site + name)
         assert page.title(), name
         assert not page.problems, (name, page.problems)
-        links[name] = page.eval_on_selector_all("a[href]", "links => links.map(link => link.getAttribute('href'))")
+        links[name] = page.eval_on_selector_all(
+            "a[href]", "links => links.map(link => link.getAttribute('href'))"
+        )
         anchors[name] = set(page.eval_on_selector_all("[id]", "found => found.map(one => one.id)")) | {""}
     assert not {url for url in page.asked if not url.startswith((site, "data:"))}
     for name, found in links.items():
@@ -112,7 +126,9 @@ def test_site_is_light_and_dark(site, page):
 
 def test_formulas_are_set_and_parameters_described(site, page):
     page.goto(site + "nbs/04_kui.html")
-    heights = page.eval_on_selector_all(".formula math", "all => all.map(one => one.getBoundingClientRect().height)")
+    heights = page.eval_on_selector_all(
+        ".formula math", "all => all.map(one => one.getBoundingClientRect().height)"
+    )
     assert len(heights) > 2 and max(heights) > 35  # a fraction is higher than a line
     page.goto(site + "api/iur.html")
     assert page.locator("tr", has_text="heldout").filter(has_text="that the model never saw").count() == 1
@@ -122,7 +138,9 @@ def test_slider_changes_the_picture(site, page):
     page.goto(site + "nbs/07_unlearn.html")
     figures = page.locator("figure:has(input[type=range])")
     assert figures.count() == 1
-    seen = lambda: figures.first.evaluate("figure => [...figure.querySelectorAll('span')].map(span => getComputedStyle(span).backgroundColor).join()")
+    seen = lambda: figures.first.evaluate(
+        "figure => [...figure.querySelectorAll('span')].map(span => getComputedStyle(span).backgroundColor).join()"
+    )
     before = seen()
     figures.first.locator("input[type=range]").press("End")
     assert seen() != before
@@ -160,6 +178,7 @@ def test_slides_go_forward_to_the_end(slides, page, number):
 
 # ---- JupyterLab ----
 
+
 def answers(port):
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
@@ -173,15 +192,32 @@ def lab(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    settings = [f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", "--ServerApp.open_browser=False", "--ServerApp.allow_root=True",
-                "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.jpserver_extensions={'jupyterlab': True}"]
-    log = folder/"jupyterlab.log"
+    settings = [
+        f"--ServerApp.root_dir={folder}",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        f"--IdentityProvider.token={token}",
+        "--ServerApp.open_browser=False",
+        "--ServerApp.allow_root=True",
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--ServerApp.jpserver_extensions={'jupyterlab': True}",
+    ]
+    log = folder / "jupyterlab.log"
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], cwd=folder, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *settings],
+            cwd=folder,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
     try:
         deadline = time.monotonic() + 120
         while not answers(port):  # its log names the address before anybody listens there
-            assert process.poll() is None and time.monotonic() < deadline, "JupyterLab did not start:\n" + log.read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (
+                "JupyterLab did not start:\n" + log.read_text()
+            )
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
     finally:
@@ -193,12 +229,17 @@ def run_all_cells(page, folder, notebook, minutes):
     """Open a notebook in JupyterLab, run it by the menu and save it: its cells, and how many tables and pictures stand on the page."""
     with lab(folder) as address:
         page.goto(address.format(notebook))
-        page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")  # earlier there is no kernel that could run anything
+        page.wait_for_selector(
+            "#jp-main-statusbar >> text=/\\| Idle/"
+        )  # earlier there is no kernel that could run anything
         page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-        page.wait_for_function("""() => {
+        page.wait_for_function(
+            """() => {
             const prompts = [...document.querySelectorAll('.jp-InputArea-prompt')].map(prompt => prompt.textContent).filter(text => text.trim());
-            return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text)); }""", timeout=60_000*minutes)
+            return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text)); }""",
+            timeout=60_000 * minutes,
+        )
         page.keyboard.press("Control+s")
         page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
         shown = {kind: page.locator(f".jp-OutputArea-output {kind}").count() for kind in ("table", "img")}

@@ -1,4 +1,5 @@
 """A run that is killed, at whatever moment, goes on as if nothing had happened; what cannot be resumed is refused, and nothing good is lost."""
+
 import multiprocessing
 import os
 import random
@@ -17,16 +18,20 @@ from tqdm.auto import tqdm
 
 import icu_nb.checkpoint
 from icu_nb.checkpoint import CheckpointError, Checkpoints
-from icu_nb.core import InputError
+from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.unlearn import gradient_ascent, unlearn
+from icu_nb.objective import gradient_ascent
+from icu_nb.unlearn import unlearn
 
 NEVER = Thresholds(ma=0.0, el=0.0)
 EPOCHS = 5
 
 
 def run(tiny, folder=None, model=None, **options):
-    config = tiny.config(max_epochs=EPOCHS, **{name: options.pop(name) for name in ("lr", "seed", "check_every") if name in options})
+    config = tiny.config(
+        max_epochs=EPOCHS,
+        **{name: options.pop(name) for name in ("learning_rate", "seed", "check_every") if name in options},
+    )
     given = {"thresholds": NEVER, "checkpoint_dir": folder, **options}
     return unlearn(model or tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, config, **given)
 
@@ -37,7 +42,9 @@ def but_seconds(table):
 
 def assert_same_run(result, other):
     for table in ("history", "samples"):
-        pd.testing.assert_frame_equal(*(but_seconds(getattr(one, table)) for one in (result, other)), check_exact=True)
+        pd.testing.assert_frame_equal(
+            *(but_seconds(getattr(one, table)) for one in (result, other)), check_exact=True
+        )
     assert result.stop_reason == other.stop_reason
     for a, b in zip(result.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -50,13 +57,18 @@ def undisturbed(tiny):
 
 # ---- killed ----
 
+
 def in_child(tiny, folder, before):
     """A run in a process of its own, which may not come back; True if it did."""
+
     def child():
-        tqdm.set_lock(threading.RLock())  # its default is shared with this process, and whoever is killed does not give it back
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its default is shared with this process, and whoever is killed does not give it back
         torch.set_num_threads(1)
         before()
         run(tiny, folder, resume=True)
+
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
@@ -64,7 +76,7 @@ def in_child(tiny, folder, before):
 
 def start_epochs(folder, wanted, process):
     """Wait until a checkpoint of this epoch is there."""
-    while process.is_alive() and not (folder/f"epoch-{wanted:05}").exists():
+    while process.is_alive() and not (folder / f"epoch-{wanted:05}").exists():
         time.sleep(0.001)
 
 
@@ -75,17 +87,19 @@ MOMENTS = [pytest.param(seed, marks=[] if seed < 3 else pytest.mark.slow) for se
 def test_killed_at_a_random_moment(tiny, tmp_path, undisturbed, seed):
     draw = random.Random(seed)
     for _ in range(2):  # the resumed run is killed, too
-        process = in_child(tiny, tmp_path/"run", lambda: None)
-        start_epochs(tmp_path/"run", draw.randint(1, EPOCHS - 1), process)
-        time.sleep(draw.random()*undisturbed.history[["seconds_train", "seconds_check"]].sum(axis=1).mean())
+        process = in_child(tiny, tmp_path / "run", lambda: None)
+        start_epochs(tmp_path / "run", draw.randint(1, EPOCHS - 1), process)
+        time.sleep(draw.random() * undisturbed.history[["seconds_train", "seconds_check"]].sum(axis=1).mean())
         process.kill()
         process.join()
-    assert_same_run(run(tiny, tmp_path/"run", resume=True), undisturbed)
-    assert not list((tmp_path/"run").glob(".*"))
+    assert_same_run(run(tiny, tmp_path / "run", resume=True), undisturbed)
+    assert not list((tmp_path / "run").glob(".*"))
 
 
-WRITES = [pytest.param(epoch, share, marks=[] if (epoch, share) in [(1, 0.0), (3, 0.5)] else pytest.mark.slow)
-          for epoch, share in [(1, 0.0), (1, 0.5), (2, 0.9), (3, 0.5), (4, 0.1), (5, 0.99)]]
+WRITES = [
+    pytest.param(epoch, share, marks=[] if (epoch, share) in [(1, 0.0), (3, 0.5)] else pytest.mark.slow)
+    for epoch, share in [(1, 0.0), (1, 0.5), (2, 0.9), (3, 0.5), (4, 0.1), (5, 0.99)]
+]
 
 
 @pytest.mark.parametrize("epoch, share", WRITES)
@@ -96,32 +110,37 @@ def test_killed_in_the_middle_of_a_write(tiny, tmp_path, undisturbed, epoch, sha
     def die_half_way(state, path):
         whole(state, path)
         if state["epoch"] == epoch:
-            os.truncate(path, int(share*path.stat().st_size))
+            os.truncate(path, int(share * path.stat().st_size))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    process = in_child(tiny, tmp_path/"run", lambda: setattr(torch, "save", die_half_way))
+    process = in_child(tiny, tmp_path / "run", lambda: setattr(torch, "save", die_half_way))
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert [p.name for p in (tmp_path/"run").glob("epoch-*")] == [f"epoch-{epoch - 1:05}"][:epoch - 1] or epoch > 2
-    assert list((tmp_path/"run").glob(".epoch-*"))
-    assert_same_run(run(tiny, tmp_path/"run", resume=True), undisturbed)
+    assert [p.name for p in (tmp_path / "run").glob("epoch-*")] == [f"epoch-{epoch - 1:05}"][
+        : epoch - 1
+    ] or epoch > 2
+    assert list((tmp_path / "run").glob(".epoch-*"))
+    assert_same_run(run(tiny, tmp_path / "run", resume=True), undisturbed)
 
 
 # ---- resumed ----
+
 
 def test_the_last_two_are_kept_and_a_finished_run_stays_finished(tiny, tmp_path, undisturbed):
     assert_same_run(run(tiny, tmp_path), undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-00004", "epoch-00005"]
     again = run(tiny, tmp_path, resume=True)
     assert_same_run(again, undisturbed)
-    pd.testing.assert_frame_equal(again.history, run(tiny, tmp_path, resume=True).history)  # seconds too: nothing was done again
+    pd.testing.assert_frame_equal(
+        again.history, run(tiny, tmp_path, resume=True).history
+    )  # seconds too: nothing was done again
 
 
 def test_resumes_from_a_path(tiny, tmp_path, undisturbed):
     run(tiny, tmp_path)
-    shutil.rmtree(tmp_path/"epoch-00005")
-    assert_same_run(run(tiny, None, resume=tmp_path/"epoch-00004"), undisturbed)
-    assert (tmp_path/"epoch-00005").exists()
+    shutil.rmtree(tmp_path / "epoch-00005")
+    assert_same_run(run(tiny, None, resume=tmp_path / "epoch-00004"), undisturbed)
+    assert (tmp_path / "epoch-00005").exists()
 
 
 def test_who_is_active_survives_epochs_without_a_check(tiny, tmp_path):
@@ -129,49 +148,55 @@ def test_who_is_active_survives_epochs_without_a_check(tiny, tmp_path):
     few = lambda scores, thresholds: scores["ma"].rank(ascending=False, method="first") <= 3
     whole = run(tiny, check_every=2, refinement=few)
     run(tiny, tmp_path, check_every=2, refinement=few)
-    shutil.rmtree(tmp_path/"epoch-00005")
+    shutil.rmtree(tmp_path / "epoch-00005")
     assert_same_run(run(tiny, tmp_path, check_every=2, refinement=few, resume=True), whole)
 
 
 def test_an_objective_may_draw_at_random(tiny, tmp_path):
     def noisy(model, batch, reference):
-        return {name: value*(1 + torch.rand(1)[0] + random.random()) for name, value in gradient_ascent(model, batch, reference).items()}
+        return {
+            name: value * (1 + torch.rand(1)[0] + random.random())
+            for name, value in gradient_ascent(model, batch, reference).items()
+        }
 
     whole = run(tiny, objective=noisy)
     run(tiny, tmp_path, objective=noisy)
-    shutil.rmtree(tmp_path/"epoch-00005")
+    shutil.rmtree(tmp_path / "epoch-00005")
     assert_same_run(run(tiny, tmp_path, objective=noisy, resume=True), whole)
 
 
 def test_an_adapter_is_all_that_is_kept(tiny, tmp_path):
-    from icu_nb.loading import add_lora
+    from icu_nb.models.loading import add_lora
 
     def adapted(seed):
         torch.manual_seed(seed)
         return add_lora(tiny.copy(), 4)
 
     whole = run(tiny, tmp_path, model=adapted(0))
-    stored = torch.load(tmp_path/"epoch-00005"/"state.pt", weights_only=True)["weights"]
+    stored = torch.load(tmp_path / "epoch-00005" / "state.pt", weights_only=True)["weights"]
     assert stored and all("lora" in name for name in stored)
-    shutil.rmtree(tmp_path/"epoch-00005")
-    assert_same_run(run(tiny, tmp_path, model=adapted(1), resume=True), whole)  # whatever the new adapter began with
+    shutil.rmtree(tmp_path / "epoch-00005")
+    assert_same_run(
+        run(tiny, tmp_path, model=adapted(1), resume=True), whole
+    )  # whatever the new adapter began with
     with pytest.raises(CheckpointError, match="add the adapter that the run began with"):
         run(tiny, tmp_path, model=add_lora(tiny.copy(), 8), resume=True)
 
 
 # ---- refused ----
 
+
 @pytest.fixture(scope="module")
 def stored(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stored")/"run"
+    folder = tmp_path_factory.mktemp("stored") / "run"
     run(tiny, folder)
     return folder
 
 
 @pytest.fixture
 def folder(stored, tmp_path):
-    shutil.copytree(stored, tmp_path/"run")
-    return tmp_path/"run"
+    shutil.copytree(stored, tmp_path / "run")
+    return tmp_path / "run"
 
 
 def content(folder):
@@ -179,11 +204,15 @@ def content(folder):
 
 
 OTHERS = {
-    "lr was 0.002 and is 0.001": lambda tiny: dict(lr=1e-3),
-    "ma was 0.0 and is 0.5": lambda tiny: dict(thresholds=replace(NEVER, ma=0.5)),
-    "Load the original model again": lambda tiny: dict(model=tiny.copy().apply(lambda m: m.weight.data.add_(1e-3) if isinstance(m, torch.nn.LayerNorm) else None)),
-    "`objective` was": lambda tiny: dict(objective=gradient_ascent),
-    "`refinement` was": lambda tiny: dict(refinement=None),
+    "learning_rate was 0.002 and is 0.001": lambda tiny: {"learning_rate": 1e-3},
+    "ma was 0.0 and is 0.5": lambda tiny: {"thresholds": replace(NEVER, ma=0.5)},
+    "Load the original model again": lambda tiny: {
+        "model": tiny.copy().apply(
+            lambda m: m.weight.data.add_(1e-3) if isinstance(m, torch.nn.LayerNorm) else None
+        )
+    },
+    "`objective` was": lambda tiny: {"objective": gradient_ascent},
+    "`refinement` was": lambda tiny: {"refinement": None},
 }
 
 
@@ -199,57 +228,87 @@ def test_another_run_is_refused(tiny, folder, words):
 
 def test_other_texts_are_refused(tiny, folder):
     with pytest.raises(CheckpointError, match="`forget` is another one"):
-        unlearn(tiny.copy(), tiny.tokenizer, tiny.forget[:4], tiny.retain, tiny.config(max_epochs=EPOCHS), thresholds=NEVER, checkpoint_dir=folder, resume=True)
+        unlearn(
+            tiny.copy(),
+            tiny.tokenizer,
+            tiny.forget[:4],
+            tiny.retain,
+            tiny.config(max_epochs=EPOCHS),
+            thresholds=NEVER,
+            checkpoint_dir=folder,
+            resume=True,
+        )
 
 
 def cut(path):
-    os.truncate(path/"state.pt", (path/"state.pt").stat().st_size//2)
+    os.truncate(path / "state.pt", (path / "state.pt").stat().st_size // 2)
 
 
 def flip(path):
-    file = path/"state.pt"
+    file = path / "state.pt"
     data = bytearray(file.read_bytes())
-    data[len(data)//2] ^= 1
+    data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
-DAMAGES = {"half a file": cut, "one bit": flip, "no state": lambda path: (path/"state.pt").unlink(), "no identity": lambda path: (path/"run.json").unlink(),
-           "somebody else's": lambda path: (path/"run.json").write_text("[1, 2]"), "a stranger's pickle": lambda path: torch.save({"x": Path("x")}, path/"state.pt")}
+DAMAGES = {
+    "half a file": cut,
+    "one bit": flip,
+    "no state": lambda path: (path / "state.pt").unlink(),
+    "no identity": lambda path: (path / "run.json").unlink(),
+    "somebody else's": lambda path: (path / "run.json").write_text("[1, 2]"),
+    "a stranger's pickle": lambda path: torch.save({"x": Path("x")}, path / "state.pt"),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(tiny, folder, undisturbed, damage):
-    DAMAGES[damage](folder/"epoch-00005")
+    DAMAGES[damage](folder / "epoch-00005")
     with pytest.raises(CheckpointError, match="epoch-00005 .*Delete it to resume from epoch-00004"):
         run(tiny, folder, resume=True)
-    shutil.rmtree(folder/"epoch-00005")
+    shutil.rmtree(folder / "epoch-00005")
     assert_same_run(run(tiny, folder, resume=True), undisturbed)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(resume=True, checkpoint_dir=None), "checkpoint_dir"), (dict(resume="no/such/epoch-00001"), "there is no checkpoint"), (dict(), "resume=True")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"resume": True, "checkpoint_dir": None}, "checkpoint_dir"),
+        ({"resume": "no/such/epoch-00001"}, "there is no checkpoint"),
+        ({}, "resume=True"),
+    ],
+)
 def test_what_would_mix_runs_is_refused(tiny, folder, arguments, words):
     model, before = tiny.copy(), content(folder)
     weights = tiny.weights(model)
     with pytest.raises(InputError, match=words):
-        run(tiny, **{"folder": folder, **{("folder" if k == "checkpoint_dir" else k): v for k, v in arguments.items()}}, model=model)
+        run(
+            tiny,
+            **{
+                "folder": folder,
+                **{("folder" if k == "checkpoint_dir" else k): v for k, v in arguments.items()},
+            },
+            model=model,
+        )
     assert tiny.same(model, weights) and content(folder) == before
 
 
 def test_nothing_to_resume_is_a_beginning(tiny, tmp_path, undisturbed):
-    assert_same_run(run(tiny, tmp_path/"new", resume=True), undisturbed)
+    assert_same_run(run(tiny, tmp_path / "new", resume=True), undisturbed)
 
 
 # ---- no room ----
 
+
 def test_a_full_disk_leaves_the_good_checkpoint(tiny, tmp_path, undisturbed):
     """RLIMIT_FSIZE: a file may grow to so many bytes and no further, as on a full disk."""
-    def no_room():
-        size = (tmp_path/"run"/"epoch-00002"/"state.pt").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size//2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    run(tiny, tmp_path/"all")
-    (tmp_path/"run").mkdir()
+    def no_room():
+        size = (tmp_path / "run" / "epoch-00002" / "state.pt").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    run(tiny, tmp_path / "all")
+    (tmp_path / "run").mkdir()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = Checkpoints.save
 
@@ -258,24 +317,31 @@ def test_a_full_disk_leaves_the_good_checkpoint(tiny, tmp_path, undisturbed):
             no_room()
         real(self, epoch, state)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match="epoch 3 cannot be written.*epoch-00002 is still good"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(CheckpointError, match="epoch 3 cannot be written.*epoch-00002 is still good"),
+    ):
         patch.setattr(Checkpoints, "save", save)
         try:
-            run(tiny, tmp_path/"run")
+            run(tiny, tmp_path / "run")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["epoch-00001", "epoch-00002"]
-    assert_same_run(run(tiny, tmp_path/"run", resume=True), undisturbed)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["epoch-00001", "epoch-00002"]
+    assert_same_run(run(tiny, tmp_path / "run", resume=True), undisturbed)
 
 
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
-    (tmp_path/"file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        run(tiny, tmp_path/"file"/"run")
-    assert (tmp_path/"file").read_text() == "in the way"
+        run(tiny, tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_names_are_the_same_in_every_process():
-    from icu_nb.unlearn import ICU
-    assert icu_nb.checkpoint.name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)" and icu_nb.checkpoint.name_of(gradient_ascent) == "icu_nb.objective.gradient_ascent"
+    from icu_nb.objective import ICU
+
+    assert (
+        icu_nb.checkpoint.name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)"
+        and icu_nb.checkpoint.name_of(gradient_ascent) == "icu_nb.objective.gradient_ascent"
+    )
     assert " at 0x" not in icu_nb.checkpoint.name_of(lambda: None)

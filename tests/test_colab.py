@@ -1,4 +1,5 @@
 """Colab, played: a notebook's file alone, in an environment with what Colab has. Its first cell must do the rest."""
+
 import os
 import re
 import shutil
@@ -8,13 +9,23 @@ from pathlib import Path
 import pytest
 from test_install import LOCK, ROOT, build_wheel, run
 
-from icu_nb.core import cache_dir
+from icu_nb.plumbing import cache_dir
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Colab is Linux")
 NOTEBOOKS = sorted(f for f in (ROOT / "nbs").glob("*.ipynb") if f.name[:2] <= "10")
-IN_MAKE_TEST = ("00_quickstart", "09a_judge") # the others take long
+IN_MAKE_TEST = ("00_quickstart", "09a_judge")  # the others take long
 # An older numpy, as on Colab: pip would have a newer one at hand.
-PACKAGES = ["torch", "numpy<2.3", "transformers", "datasets", "pandas", "matplotlib", "seaborn", "ipykernel", "nbclient"]
+PACKAGES = [
+    "torch",
+    "numpy<2.3",
+    "transformers",
+    "datasets",
+    "pandas",
+    "matplotlib",
+    "seaborn",
+    "ipykernel",
+    "nbclient",
+]
 VERSIONS = "from importlib.metadata import version; print(version('torch'), version('numpy'))"
 
 
@@ -33,9 +44,15 @@ def colab(folder):
     python = folder / "env" / "bin" / "python"
     pins = folder / "constraints.txt"
     pins.write_text(re.sub(r"(?m)^numpy==.*\n", "", LOCK.read_text(encoding="utf-8")), encoding="utf-8")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("ICU_NB_", "JUPYTER_", "IPYTHON", "PYTHON"))} | {
-        "HOME": str(folder / "home"), "ICU_NB_CACHE": str(cache_dir()), "ICU_NB_WHEEL": build_wheel(folder).as_uri(),
-        "PIP_CONSTRAINT": str(pins), "PIP_CONFIG_FILE": str(Path.home() / ".config/pip/pip.conf")}  # pip's settings lie at home
+    environ = {
+        k: v for k, v in os.environ.items() if not k.startswith(("ICU_NB_", "JUPYTER_", "IPYTHON", "PYTHON"))
+    } | {
+        "HOME": str(folder / "home"),
+        "ICU_NB_CACHE": str(cache_dir()),
+        "ICU_NB_WHEEL": build_wheel(folder).as_uri(),
+        "PIP_CONSTRAINT": str(pins),
+        "PIP_CONFIG_FILE": str(Path.home() / ".config/pip/pip.conf"),
+    }  # pip's settings lie at home
 
     def call(*command, cwd=folder):
         return run(python, *command, cwd=cwd, env=environ)
@@ -52,7 +69,10 @@ def colab(folder):
     return call
 
 
-@pytest.mark.parametrize("path", [pytest.param(f, id=f.stem, marks=[] if f.stem in IN_MAKE_TEST else pytest.mark.slow) for f in NOTEBOOKS])
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(f, id=f.stem, marks=[] if f.stem in IN_MAKE_TEST else pytest.mark.slow) for f in NOTEBOOKS],
+)
 def test_runs_from_its_file_alone(path, colab, folder, tmp_path):
     colab("-m", "pip", "uninstall", "-y", "icu_nb")  # the notebook before has installed it
     before = colab("-c", VERSIONS)

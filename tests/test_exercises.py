@@ -1,4 +1,5 @@
 """Every solution passes its checker, every wrong answer hears why, and nothing that a student hands in can break a notebook."""
+
 import ast
 import copy
 import json
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from icu_nb import exercises
-from icu_nb.exercises import EXERCISES, ask, outline, student_notebook
+from icu_nb.course.exercises import EXERCISES, ask, outline, student_notebook
+import contextlib
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))
@@ -25,7 +27,11 @@ each_exercise = pytest.mark.parametrize("name", EXERCISES)
 
 
 def cells(path, kind=None):
-    return [c | {"source": "".join(c["source"])} for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if kind in (None, c["cell_type"])]
+    return [
+        c | {"source": "".join(c["source"])}
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if kind in (None, c["cell_type"])
+    ]
 
 
 def checked(path):
@@ -54,12 +60,15 @@ def told(name, answer):
     with pytest.raises(AssertionError) as caught:
         getattr(exercises, f"check_{name}")(answer)
     said = str(caught.value)
-    assert "\n" not in said and len(said) < 250 and said[-1] in ".?" and not re.search(r"[.?!] [A-Z]", said), said
+    assert (
+        "\n" not in said and len(said) < 250 and said[-1] in ".?" and not re.search(r"[.?!] [A-Z]", said)
+    ), said
     assert "cannot be judged" not in said
     return said
 
 
 # ---- answers ----
+
 
 @each_exercise
 def test_the_solution_is_praised(name, solved):
@@ -70,7 +79,7 @@ def test_the_solution_is_praised(name, solved):
 @each_exercise
 def test_the_empty_answer_is_told_so(name):
     """What the students' notebook has before anything is written, and the three dots themselves."""
-    path, = (p for p in NBS.glob("course/exercises_*.ipynb") if name in checked(p))
+    (path,) = (p for p in NBS.glob("course/exercises_*.ipynb") if name in checked(p))
     stub, given = checked(path)[name]
     names = {}
     exec(stub["source"], names)
@@ -83,8 +92,8 @@ def per_token(logits, ids):
 
 
 def token_mean(values, mask):
-    real = mask[:, :-1]*mask[:, 1:]
-    return (values*real).sum()/real.sum().clamp(min=1)
+    real = mask[:, :-1] * mask[:, 1:]
+    return (values * real).sum() / real.sum().clamp(min=1)
 
 
 def unlikely(floor):
@@ -93,46 +102,58 @@ def unlikely(floor):
 
 def kl(p, q, mask):
     p, q = (z[:, :-1].log_softmax(-1) for z in (p, q))
-    return token_mean((p.exp()*(p - q)).sum(-1), mask)
+    return token_mean((p.exp() * (p - q)).sum(-1), mask)
 
 
 def once_each(texts, n_forget, n_heldout):
     texts = list(dict.fromkeys(texts))
     random.Random(0).shuffle(texts)
-    return texts[:n_forget], texts[n_forget + n_heldout:], texts[n_forget:n_forget + n_heldout]
+    return texts[:n_forget], texts[n_forget + n_heldout :], texts[n_forget : n_forget + n_heldout]
 
 
-def trained(sign, steps=5, lr=1e-3):
+def trained(sign, steps=5, learning_rate=1e-3):
     def answer(model, shown):
         model = copy.deepcopy(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
         for _ in range(steps):
             optimizer.zero_grad()
-            (sign*token_mean(per_token(model(**vars(shown)).logits, shown.input_ids), shown.attention_mask)).backward()
+            (
+                sign
+                * token_mean(per_token(model(**vars(shown)).logits, shown.input_ids), shown.attention_mask)
+            ).backward()
             optimizer.step()
         return model
+
     return answer
 
 
 def likelihood(model, sequences):
     with torch.no_grad():
-        return token_mean_rows(per_token(model(**vars(sequences)).logits, sequences.input_ids), sequences.attention_mask)
+        return token_mean_rows(
+            per_token(model(**vars(sequences)).logits, sequences.input_ids), sequences.attention_mask
+        )
 
 
 def token_mean_rows(values, mask):
-    real = mask[:, :-1]*mask[:, 1:]
-    return (values*real).sum(1)/real.sum(1).clamp(min=1)
+    real = mask[:, :-1] * mask[:, 1:]
+    return (values * real).sum(1) / real.sum(1).clamp(min=1)
 
 
 def terms(forget, neighbor):
     def answer(model, batch, reference):
-        ce = lambda part: token_mean(per_token(model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits, part.input_ids), part.attention_mask)
-        return {"f": forget*ce(batch.forget), "r": neighbor*ce(batch.neighbor)}
+        ce = lambda part: token_mean(
+            per_token(
+                model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits, part.input_ids
+            ),
+            part.attention_mask,
+        )
+        return {"f": forget * ce(batch.forget), "r": neighbor * ce(batch.neighbor)}
+
     return answer
 
 
 def runs(*settings):
-    return [dict(zip(("alpha", "beta", "seed"), values)) for values in settings]
+    return [dict(zip(("alpha", "beta", "seed"), values, strict=False)) for values in settings]
 
 
 PAIRS = [(0.5, beta, seed) for seed in range(3) for beta in (0.0, 1.0)]
@@ -141,42 +162,88 @@ PAIRS = [(0.5, beta, seed) for seed in range(3) for beta in (0.0, 1.0)]
 WRONG = {
     "shared_frame": [("c", "count how many words"), ("d", "one letter"), (1, "one letter")],
     "ngram_share": [
-        (lambda a, b, n: (lambda x, y: len(x & y)/max(len(x | y), 1))(*({*zip(*(t.split()[i:] for i in range(n)))} for t in (a, b))), "of whose n-grams"),
-        (lambda a, b, n: (lambda x, y: sum(g in y for g in x)/max(len(x), 1))(*([*zip(*(t.split()[i:] for i in range(n)))] for t in (a, b))), "count once"),
-        (lambda a, b, n: len({*a.split()} & {*b.split()})/len({*a.split()}), "order within an n-gram"),
+        (
+            lambda a, b, n: (lambda x, y: len(x & y) / max(len(x | y), 1))(
+                *({*zip(*(t.split()[i:] for i in range(n)), strict=False)} for t in (a, b))
+            ),
+            "of whose n-grams",
+        ),
+        (
+            lambda a, b, n: (lambda x, y: sum(g in y for g in x) / max(len(x), 1))(
+                *([*zip(*(t.split()[i:] for i in range(n)), strict=False)] for t in (a, b))
+            ),
+            "count once",
+        ),
+        (lambda a, b, n: len({*a.split()} & {*b.split()}) / len({*a.split()}), "order within an n-gram"),
     ],
     "clean_split": [
-        (lambda texts, f, h: (texts[:f], texts[f + h:], texts[f:f + h]), "stands twice"),
+        (lambda texts, f, h: (texts[:f], texts[f + h :], texts[f : f + h]), "stands twice"),
         (once_each, "word for word"),
         (lambda texts, f, h: (texts[:f], [], texts[-h:]), "stands twice|leave out"),
         (lambda texts, f, h: (["a"], ["b"], ["c"]), "among the texts that were given"),
     ],
-    "first_loss": [([1.0, 1.0], "spread its probability"), ([256, 2048], "spread its probability"), (7.6, "list of numbers")],
+    "first_loss": [
+        ([1.0, 1.0], "spread its probability"),
+        ([256, 2048], "spread its probability"),
+        (7.6, "list of numbers"),
+    ],
     "token_nll": [
-        (lambda logits, ids, mask: token_mean(-logits[:, 1:].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0], mask), "which logits speak about which token"),
+        (
+            lambda logits, ids, mask: token_mean(
+                -logits[:, 1:].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0], mask
+            ),
+            "which logits speak about which token",
+        ),
         (lambda logits, ids, mask: per_token(logits, ids).mean(), "a padded batch is not"),
-        (lambda logits, ids, mask: token_mean_rows(per_token(logits, ids), mask).mean(), "over what is the mean taken"),
+        (
+            lambda logits, ids, mask: token_mean_rows(per_token(logits, ids), mask).mean(),
+            "over what is the mean taken",
+        ),
         (lambda logits, ids, mask: per_token(logits, ids)[mask[:, 1:].bool()].mean(), "NaN"),
         (lambda logits, ids, mask: token_mean(per_token(logits, ids), mask).item(), "carries a gradient"),
     ],
-    "next_token": [(lambda logits, mask: logits[:, -1].argmax(-1), "where does that text end"), (lambda logits, mask: logits[:, 0].argmax(-1), "speak about what comes next")],
+    "next_token": [
+        (lambda logits, mask: logits[:, -1].argmax(-1), "where does that text end"),
+        (lambda logits, mask: logits[:, 0].argmax(-1), "speak about what comes next"),
+    ],
     "loop": [([4.0, 0.125], "how often does each token"), ([1.0, 2.0], "how many different")],
     "accuracy": [
-        (lambda logits, ids, mask: token_mean_rows((logits[:, 1:].argmax(-1) == ids[:, 1:]).float(), mask), "which token does position t"),
-        (lambda logits, ids, mask: (logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean(1), "a share of how many tokens"),
+        (
+            lambda logits, ids, mask: token_mean_rows((logits[:, 1:].argmax(-1) == ids[:, 1:]).float(), mask),
+            "which token does position t",
+        ),
+        (
+            lambda logits, ids, mask: (logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean(1),
+            "a share of how many tokens",
+        ),
     ],
-    "strength": [(lambda hits: sum(hits)/len(hits), "One mistake in the middle"), (lambda hits: 1 - hits.index(False)/len(hits) if False in hits else 1.0, "One mistake|only one of them")],
+    "strength": [
+        (lambda hits: sum(hits) / len(hits), "One mistake in the middle"),
+        (
+            lambda hits: 1 - hits.index(False) / len(hits) if False in hits else 1.0,
+            "One mistake|only one of them",
+        ),
+    ],
     "fool_bleu": [(lambda text: text, "the same four words"), (lambda text: "nothing at all", "Too little")],
     "slopes": [([0.99, 0.5, 0.01], "how much log p can still rise")],
-    "sequence_mean": [(lambda logits, ids, mask: token_mean(per_token(logits, ids), mask), "over what is the mean taken")],
-    "unlikelihood": [(unlikely(0), "infinite"), (unlikely(1e-6), "what do 32 bits leave"), (lambda logits, ids, mask: -token_mean(per_token(logits, ids), mask), "Without any padding")],
+    "sequence_mean": [
+        (lambda logits, ids, mask: token_mean(per_token(logits, ids), mask), "over what is the mean taken")
+    ],
+    "unlikelihood": [
+        (unlikely(0), "infinite"),
+        (unlikely(1e-6), "what do 32 bits leave"),
+        (lambda logits, ids, mask: -token_mean(per_token(logits, ids), mask), "Without any padding"),
+    ],
     "nearest": [
         (lambda q, p, c: np.where(c, -np.inf, q @ p.T).argmax(1), "by which distance"),
         (lambda q, p, c: np.linalg.norm(q[:, None] - p, axis=-1).argmin(1), "A copy is no neighbor"),
-        (lambda q, p, c: (c.fill(False), np.linalg.norm(q[:, None] - p, axis=-1).argmin(1))[1], "A copy is no neighbor|changes what it was given"),
+        (
+            lambda q, p, c: (c.fill(False), np.linalg.norm(q[:, None] - p, axis=-1).argmin(1))[1],
+            "A copy is no neighbor|changes what it was given",
+        ),
     ],
     "mended_kl": [
-        (lambda z, ref, mask: -(ref.softmax(-1)*z.log_softmax(-1)).sum(-1).mean(), "Two equal models"),
+        (lambda z, ref, mask: -(ref.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(), "Two equal models"),
         (lambda z, ref, mask: kl(z, ref, mask), r"is it KL\(original"),
         (lambda z, ref, mask: kl(ref, z, torch.ones_like(mask)), "position counts when"),
     ],
@@ -184,9 +251,14 @@ WRONG = {
     "stops": [([6, 3], "epochs in order"), ([3, 5], "epochs in order"), ([3], "2 of them")],
     "active_mean": [
         (lambda losses, active: losses[active].mean(), "NaN"),
-        (lambda losses, active: (losses*active).mean(), "the mean of what"),
+        (lambda losses, active: (losses * active).mean(), "the mean of what"),
         (lambda losses, active: losses[active].mean() if active.any() else 0.0, "carries a gradient"),
-        (lambda losses, active: (losses.detach()*active).sum()/active.sum().clamp(min=1) + 0*losses.sum(), "its gradient is not"),
+        (
+            lambda losses, active: (
+                (losses.detach() * active).sum() / active.sum().clamp(min=1) + 0 * losses.sum()
+            ),
+            "its gradient is not",
+        ),
     ],
     "who_trains": [
         (lambda s, t: ~((s.bleu < t.bleu) & (s.bert_f1 < t.bert_f1)).to_numpy(), "One low score"),
@@ -194,51 +266,114 @@ WRONG = {
         (lambda s, t: ((s.bleu > t.bleu) & (s.bert_f1 > t.bert_f1)).to_numpy(), "Under a threshold"),
         (lambda s, t: ~((s.bleu < t.bleu) | (s.bert_f1 < t.bert_f1)).to_numpy(), "When everybody"),
     ],
-    "graddiff": [(terms(1, -1), "become less likely"), (terms(-1, 0.5), "sum of your terms"), (lambda model, batch, reference: {"f": 1.0}, "Every term"), (lambda model, batch, reference: {}, "Every term")],
+    "graddiff": [
+        (terms(1, -1), "become less likely"),
+        (terms(-1, 0.5), "sum of your terms"),
+        (lambda model, batch, reference: {"f": 1.0}, "Every term"),
+        (lambda model, batch, reference: {}, "Every term"),
+    ],
     "hardest": [
         (lambda s, t: (s.ma.rank(method="first") <= 16).to_numpy(), "highest MA"),
         (lambda s, t: (s.ma > t.ma).to_numpy(), "Exactly the sixteen"),
-        (lambda s, t: np.isin(np.arange(len(s)), s.ma.nlargest(16).index) & (len(s) > 16), "fewer than sixteen"),
+        (
+            lambda s, t: np.isin(np.arange(len(s)), s.ma.nlargest(16).index) & (len(s) > 16),
+            "fewer than sixteen",
+        ),
     ],
     "ablation": [
-        (runs((0.5, 1.0, 0), (0.5, 1.0, 1)), "treat L_kl alike"), (runs((0.5, 1.0, 0), (0.5, 0.5, 0)), "entirely without"),
-        (runs((0.5, 1.0, 0), (0.0, 0.0, 0)), "Something else differs"), (runs((0.0, 1.0, 0), (0.0, 0.0, 0)), "also has L_lrn"),
-        (runs(*PAIRS[:2]), "so few seeds"), (runs(*PAIRS[:5]), "one of the two arms"), (runs(*PAIRS, PAIRS[0]), "stands there twice"), ([], "list of runs"), ([{"beta": 1}], "list of runs"),
+        (runs((0.5, 1.0, 0), (0.5, 1.0, 1)), "treat L_kl alike"),
+        (runs((0.5, 1.0, 0), (0.5, 0.5, 0)), "entirely without"),
+        (runs((0.5, 1.0, 0), (0.0, 0.0, 0)), "Something else differs"),
+        (runs((0.0, 1.0, 0), (0.0, 0.0, 0)), "also has L_lrn"),
+        (runs(*PAIRS[:2]), "so few seeds"),
+        (runs(*PAIRS[:5]), "one of the two arms"),
+        (runs(*PAIRS, PAIRS[0]), "stands there twice"),
+        ([], "list of runs"),
+        ([{"beta": 1}], "list of runs"),
     ],
-    "claims": [({"a", "b", "d"}, "too many"), ({"b", "c", "d"}, "too many"), ({"b"}, "doubt"), (set(), "doubt"), ({"e"}, "letters"), (7, "letters")],
+    "claims": [
+        ({"a", "b", "d"}, "too many"),
+        ({"b", "c", "d"}, "too many"),
+        ({"b"}, "doubt"),
+        (set(), "doubt"),
+        ({"e"}, "letters"),
+        (7, "letters"),
+    ],
     "inverted_hinge": [
-        (lambda z, ids, mask: token_mean(1 + (-per_token(z, ids)).exp() - z[:, :-1].softmax(-1).max(-1).values, mask), "Without any padding"),
-        (lambda z, ids, mask: (1 + (-per_token(z, ids)).exp() - z[:, :-1].softmax(-1).scatter(2, ids[:, 1:, None], 0.0).max(-1).values).mean(), "a padded batch is not"),
+        (
+            lambda z, ids, mask: token_mean(
+                1 + (-per_token(z, ids)).exp() - z[:, :-1].softmax(-1).max(-1).values, mask
+            ),
+            "Without any padding",
+        ),
+        (
+            lambda z, ids, mask: (
+                1
+                + (-per_token(z, ids)).exp()
+                - z[:, :-1].softmax(-1).scatter(2, ids[:, 1:, None], 0.0).max(-1).values
+            ).mean(),
+            "a padded batch is not",
+        ),
     ],
     "npo": [
-        (lambda p, p0, beta: -2/beta*F.logsigmoid(beta*(p - p0)).mean(), "which direction"),
-        (lambda p, p0, beta: -2/beta*torch.sigmoid(-beta*(p - p0)).log().mean(), "infinite"),
-        (lambda p, p0, beta: -F.logsigmoid(-beta*(p - p0)).mean(), "At the beginning"),
-        (lambda p, p0, beta: -2/beta*F.logsigmoid(-0.1*(p - p0)).mean(), "Beta stands"),
+        (lambda p, p0, beta: -2 / beta * F.logsigmoid(beta * (p - p0)).mean(), "which direction"),
+        (lambda p, p0, beta: -2 / beta * torch.sigmoid(-beta * (p - p0)).log().mean(), "infinite"),
+        (lambda p, p0, beta: -F.logsigmoid(-beta * (p - p0)).mean(), "At the beginning"),
+        (lambda p, p0, beta: -2 / beta * F.logsigmoid(-0.1 * (p - p0)).mean(), "Beta stands"),
     ],
     "word_f1": [
-        (lambda a, b: 2*len({*a.split()} & {*b.split()})/(len({*a.split()}) + len({*b.split()})), "three times"),
-        (lambda a, b: len({*a.split()} & {*b.split()})/len(a.split()), "harmonic mean"),
-        (lambda a, b: (lambda n, x, y: 2*(n/x)*(n/y)/(n/x + n/y))(sum(min(a.split().count(w), b.split().count(w)) for w in {*a.split()}), len(a.split()), len(b.split())), "ZeroDivisionError"),
+        (
+            lambda a, b: 2 * len({*a.split()} & {*b.split()}) / (len({*a.split()}) + len({*b.split()})),
+            "three times",
+        ),
+        (lambda a, b: len({*a.split()} & {*b.split()}) / len(a.split()), "harmonic mean"),
+        (
+            lambda a, b: (lambda n, x, y: 2 * (n / x) * (n / y) / (n / x + n / y))(
+                sum(min(a.split().count(w), b.split().count(w)) for w in {*a.split()}),
+                len(a.split()),
+                len(b.split()),
+            ),
+            "ZeroDivisionError",
+        ),
     ],
     "corpus_perplexity": [
         (lambda batches: float(np.mean([np.exp(np.mean(b)) for b in batches])), "cut into other batches"),
         (lambda batches: float(np.exp(np.mean([np.mean(b) for b in batches]))), "cut into other batches"),
         (lambda batches: float(np.exp(sum(map(sum, batches)))), "Even for one batch"),
     ],
-    "beats_chance": [(lambda correct, n, choices: correct/n > 1/choices, "too easily convinced"), (lambda correct, n, choices: correct/n > 0.6, "too strict")],
+    "beats_chance": [
+        (lambda correct, n, choices: correct / n > 1 / choices, "too easily convinced"),
+        (lambda correct, n, choices: correct / n > 0.6, "too strict"),
+    ],
     "privleak": [([80.0, 0.0, -80.0], "it compares 1 - AUC"), ([0.9, 0.5, 0.1], "it compares 1 - AUC")],
     "auc": [
-        (lambda m, o: sum(a >= b for a in m for b in o)/len(m)/len(o), "A tie"),
-        (lambda m, o: sum(a < b for a in m for b in o)/len(m)/len(o), "for how many of the pairs"),
-        (lambda m, o: (lambda x: max(x, 1 - x))(sum(a > b for a in m for b in o)/len(m)/len(o)), "under one half"),
+        (lambda m, o: sum(a >= b for a in m for b in o) / len(m) / len(o), "A tie"),
+        (lambda m, o: sum(a < b for a in m for b in o) / len(m) / len(o), "for how many of the pairs"),
+        (
+            lambda m, o: (lambda x: max(x, 1 - x))(sum(a > b for a in m for b in o) / len(m) / len(o)),
+            "under one half",
+        ),
     ],
-    "membership": [(likelihood, "for whom should the score be higher"), (lambda model, sequences: torch.zeros(len(sequences)), "is not enough")],
-    "relearning": [(lambda model, shown: model, "which loss do you minimize"), (trained(-1), "which loss do you minimize"), (trained(1, steps=3, lr=1e-4), "could rise more")],
+    "membership": [
+        (likelihood, "for whom should the score be higher"),
+        (lambda model, sequences: torch.zeros(len(sequences)), "is not enough"),
+    ],
+    "relearning": [
+        (lambda model, shown: model, "which loss do you minimize"),
+        (trained(-1), "which loss do you minimize"),
+        (trained(1, steps=3, learning_rate=1e-4), "could rise more"),
+    ],
 }
 
 
-@pytest.mark.parametrize("name, answer, said", [pytest.param(name, *case, id=f"{name}-{i}") for name, cases in WRONG.items() for i, case in enumerate(cases)])
+@pytest.mark.parametrize(
+    "name, answer, said",
+    [
+        pytest.param(name, *case, id=f"{name}-{i}")
+        for name, cases in WRONG.items()
+        for i, case in enumerate(cases)
+    ],
+)
 def test_a_wrong_answer_hears_why(name, answer, said):
     assert re.search(said, told(name, answer))
 
@@ -249,32 +384,41 @@ def test_every_exercise_has_a_wrong_answer():
 
 # ---- bad input ----
 
+
 def train_a_little(model):
     with torch.no_grad():
         next(model.parameters()).add_(1)
     return model
 
 
-@pytest.mark.parametrize("answer, argument, like, said", [
-    (7, 1.0, 1.0, "this is a number"),
-    ("x", 1.0, 1.0, "this is a string"),
-    (lambda: 1, 1.0, 1.0, "raises TypeError"),
-    (lambda x: 1/0, 1.0, 1.0, "raises ZeroDivisionError: division by zero"),
-    (lambda x: sys.exit(3), 1.0, 1.0, "raises SystemExit: 3"),
-    (lambda x: (lambda f: f(f))(lambda f: f(f)), 1.0, 1.0, "raises RecursionError"),
-    (lambda x: None, 1.0, 1.0, "returns nothing"),
-    (lambda x: "a", 1.0, 1.0, "should return a number, and returns a string"),
-    (lambda x: torch.tensor(x), 1.0, 1.0, "returns a float tensor of shape"),
-    (lambda x: [1], 1.0, [1, 2], "a list of 2, and returns a list of 1"),
-    (lambda x: x.sum(), torch.ones(2), torch.ones(2), r"shape \[2\], and returns a float tensor of shape \[\]"),
-    (lambda x: x > 0, torch.ones(2), torch.ones(2), "returns a boolean tensor"),
-    (lambda x: x.log()*0, torch.zeros(2), torch.ones(2), "NaN"),
-    (lambda x: float("inf"), 1.0, 1.0, "infinite"),
-    (lambda x: x.add_(1), torch.ones(2), torch.ones(2), "changes what it was given"),
-    (lambda x: x.append(1) or 1.0, [], 1.0, "changes what it was given"),
-    (lambda x: x.clear() or 1.0, {"a": np.ones(1)}, 1.0, "changes what it was given"),
-    (train_a_little, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), "changes what it was given"),
-])
+@pytest.mark.parametrize(
+    "answer, argument, like, said",
+    [
+        (7, 1.0, 1.0, "this is a number"),
+        ("x", 1.0, 1.0, "this is a string"),
+        (lambda: 1, 1.0, 1.0, "raises TypeError"),
+        (lambda x: 1 / 0, 1.0, 1.0, "raises ZeroDivisionError: division by zero"),
+        (lambda x: sys.exit(3), 1.0, 1.0, "raises SystemExit: 3"),
+        (lambda x: (lambda f: f(f))(lambda f: f(f)), 1.0, 1.0, "raises RecursionError"),
+        (lambda x: None, 1.0, 1.0, "returns nothing"),
+        (lambda x: "a", 1.0, 1.0, "should return a number, and returns a string"),
+        (lambda x: torch.tensor(x), 1.0, 1.0, "returns a float tensor of shape"),
+        (lambda x: [1], 1.0, [1, 2], "a list of 2, and returns a list of 1"),
+        (
+            lambda x: x.sum(),
+            torch.ones(2),
+            torch.ones(2),
+            r"shape \[2\], and returns a float tensor of shape \[\]",
+        ),
+        (lambda x: x > 0, torch.ones(2), torch.ones(2), "returns a boolean tensor"),
+        (lambda x: x.log() * 0, torch.zeros(2), torch.ones(2), "NaN"),
+        (lambda x: float("inf"), 1.0, 1.0, "infinite"),
+        (lambda x: x.add_(1), torch.ones(2), torch.ones(2), "changes what it was given"),
+        (lambda x: x.append(1) or 1.0, [], 1.0, "changes what it was given"),
+        (lambda x: x.clear() or 1.0, {"a": np.ones(1)}, 1.0, "changes what it was given"),
+        (train_a_little, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), "changes what it was given"),
+    ],
+)
 def test_a_bad_answer_is_one_sentence(answer, argument, like, said):
     with pytest.raises(AssertionError, match=said):
         ask(answer, argument, like=like)
@@ -287,10 +431,8 @@ def endless(x):
 
 def stubborn(x):
     while True:
-        try:
+        with contextlib.suppress(Exception):
             x = x
-        except Exception:
-            pass
 
 
 @pytest.mark.parametrize("answer", [endless, stubborn, lambda x: all(iter(lambda: True, False)) or x])
@@ -314,6 +456,7 @@ def test_an_endless_answer_is_stopped_in_any_thread(monkeypatch):
 def test_the_user_can_interrupt(monkeypatch):
     def interrupted(self, timeout=None):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(exercises, "stop", lambda thread: None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "join", interrupted)
@@ -325,6 +468,7 @@ def test_what_the_checker_cannot_judge_is_one_sentence_too():
     class Odd(dict):
         def values(self):
             raise RuntimeError("odd")
+
     Odd.__name__ = "dict"  # so that it passes for one
     with pytest.raises(AssertionError, match=r"cannot be judged \(RuntimeError\)"):
         exercises.check_graddiff(lambda model, batch, reference: Odd(a=1))
@@ -332,22 +476,33 @@ def test_what_the_checker_cannot_judge_is_one_sentence_too():
 
 def test_no_traceback_leads_into_a_checker():
     """IPython prints the lines around each frame, and in a checker these hold the right answer; of the student's own error the frames are shown."""
+
     def frames(error):
         return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
     with pytest.raises(AssertionError) as caught:
         exercises.check_strength(lambda hits: 0.123)
-    assert frames(caught.value)[1:] == ["checked"] and caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert (
+        frames(caught.value)[1:] == ["checked"]
+        and caught.value.__cause__ is None
+        and caught.value.__suppress_context__
+    )
     with pytest.raises(AssertionError) as caught:
-        exercises.check_strength(lambda hits: 1/0)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError) and "check_strength" not in frames(caught.value.__cause__)
+        exercises.check_strength(lambda hits: 1 / 0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) and "check_strength" not in frames(
+        caught.value.__cause__
+    )
 
 
 # ---- in step ----
 
+
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.name)
 def test_exercises_are_the_solutions_without_solutions(path):
     student = path.with_name(path.name.replace("solutions_", "exercises_"))
-    assert json.loads(student.read_text(encoding="utf-8")) == student_notebook(json.loads(path.read_text(encoding="utf-8"))), "run make course"
+    assert json.loads(student.read_text(encoding="utf-8")) == student_notebook(
+        json.loads(path.read_text(encoding="utf-8"))
+    ), "run make course"
     assert not [c for c in cells(student) if "solution" in c["metadata"].get("tags", []) or c.get("outputs")]
     for name, (stub, _) in checked(student).items():
         body = ast.parse(stub["source"]).body[-1]
@@ -355,7 +510,10 @@ def test_exercises_are_the_solutions_without_solutions(path):
 
 
 def test_an_outline_tells_nothing():
-    assert outline("import math\ndef f(x,\n      y): # two\n    return 42\n\ndef g(x): return 42\na, b = 42, 42") == "def f(x,\n      y): # two\n    ...\n\ndef g(x):\n    ...\n\n(a, b) = ..."
+    assert (
+        outline("import math\ndef f(x,\n      y): # two\n    return 42\n\ndef g(x): return 42\na, b = 42, 42")
+        == "def f(x,\n      y): # two\n    ...\n\ndef g(x):\n    ...\n\n(a, b) = ..."
+    )
     assert outline("print(42)") == "..."
 
 
@@ -363,7 +521,7 @@ def test_an_outline_tells_nothing():
 def test_course_and_notebook_describe_the_exercise(name):
     """Stars, minutes and aim are entered once, at the checker."""
     exercise = EXERCISES[name]
-    path, = (p for p in SOLUTIONS if name in checked(p))
+    (path,) = (p for p in SOLUTIONS if name in checked(p))
     assert any(f"\n{exercise}\n" in c["source"] for c in cells(path, "markdown"))
     assert {"solution"} <= set(checked(path)[name][0]["metadata"]["tags"])
     last = cells(NBS / f"{exercise.notebook}.ipynb", "markdown")[-1]["source"]
@@ -378,4 +536,6 @@ def test_each_main_notebook_has_three_to_five_exercises():
         last = cells(NBS / f"{notebook}.ipynb", "markdown")[-1]["source"]
         section = last.split("## Exercises")[1].split("\n## ")[0]
         assert 3 <= len(re.findall(r"^\d\. ", section, re.M)) <= 5, notebook
-    assert [n[:2] for n in dict.fromkeys(e.notebook for e in EXERCISES.values())] == [f"{i:02}" for i in range(1, 11)]
+    assert [n[:2] for n in dict.fromkeys(e.notebook for e in EXERCISES.values())] == [
+        f"{i:02}" for i in range(1, 11)
+    ]

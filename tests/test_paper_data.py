@@ -1,14 +1,17 @@
 """The paper's data path: the full extraction set, its neighbors by the real MiniLM, and the real MiniLM inside `unlearn`."""
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from icu_nb.cle import extraction_neighbors, sentence_embedder
-from icu_nb.core import InputError
-from icu_nb.data import containment, full_extraction_set, gpt2_tokenizer, pile_extraction, word_ngrams
+from icu_nb.data.pile import full_extraction_set, gpt2_tokenizer, pile_extraction
+from icu_nb.embedding import sentence_embedder
+from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.metrics import BERTScorer
+from icu_nb.paper.published_pairs import extraction_neighbors
+from icu_nb.text import containment, word_ngrams
+from icu_nb.text_scores import BERTScorer
 from icu_nb.unlearn import unlearn
 
 RUNS = range(3)  # those in the shared folder
@@ -28,26 +31,44 @@ def gpt2(shared_data):
 
 # ---- the file ----
 
+
 def test_the_full_set_is_read_as_it_is(tmp_path):
     rows = np.random.default_rng(0).integers(50257, size=(15000, 200), dtype=np.uint16)
-    np.save(tmp_path/"train_dataset.npy", rows)
-    read = full_extraction_set(tmp_path/"train_dataset.npy")
+    np.save(tmp_path / "train_dataset.npy", rows)
+    read = full_extraction_set(tmp_path / "train_dataset.npy")
     assert read.dtype == np.uint16 and np.array_equal(read, rows)
 
 
-@pytest.mark.parametrize("rows", [
-    np.zeros((15000, 150), np.uint16), np.zeros((128, 200), np.uint16), np.zeros(15000*200, np.uint16), np.zeros((15000, 200), np.int32),
-    np.full((15000, 200), 50257, np.uint16), np.array([["a text"]], dtype=object)], ids=["prefixes", "one run", "flat", "int32", "another vocabulary", "objects"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.zeros((15000, 150), np.uint16),
+        np.zeros((128, 200), np.uint16),
+        np.zeros(15000 * 200, np.uint16),
+        np.zeros((15000, 200), np.int32),
+        np.full((15000, 200), 50257, np.uint16),
+        np.array([["a text"]], dtype=object),
+    ],
+    ids=["prefixes", "one run", "flat", "int32", "another vocabulary", "objects"],
+)
 def test_another_array_is_refused(tmp_path, rows):
-    np.save(tmp_path/"file.npy", rows)
+    np.save(tmp_path / "file.npy", rows)
     with pytest.raises(InputError, match="`path`.*train_dataset.npy"):
-        full_extraction_set(tmp_path/"file.npy")
+        full_extraction_set(tmp_path / "file.npy")
 
 
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-1000], lambda content: b"<html>Not found</html>", lambda content: None],
-                         ids=["empty", "cut off", "a web page", "absent"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-1000],
+        lambda content: b"<html>Not found</html>",
+        lambda content: None,
+    ],
+    ids=["empty", "cut off", "a web page", "absent"],
+)
 def test_another_file_is_refused(tmp_path, damage):
-    path = tmp_path/"train_dataset.npy"
+    path = tmp_path / "train_dataset.npy"
     np.save(path, np.zeros((15000, 200), np.uint16))
     content = damage(path.read_bytes())
     path.unlink() if content is None else path.write_bytes(content)
@@ -57,17 +78,25 @@ def test_another_file_is_refused(tmp_path, damage):
 
 # ---- the published row numbers ----
 
+
 @pytest.fixture(scope="module")
 def published(shared_data):
     """Per run: forget sequences, neighbors, and both's rows in the full set. A neighbor's row counts what is left, in the order of the token files."""
     runs = {}
     for run in RUNS:
-        pairs, folder = pile_extraction(run, shared_data), shared_data/"pile_extraction"/f"run{run}"
-        forget_rows = pd.read_csv(folder/"forget.csv")["doc_id"].to_numpy()
+        pairs, folder = pile_extraction(run, shared_data), shared_data / "pile_extraction" / f"run{run}"
+        forget_rows = pd.read_csv(folder / "forget.csv")["doc_id"].to_numpy()
         left = np.setdiff1d(np.arange(15000), forget_rows)
-        neighbor_rows = left[pd.read_csv(folder/"nearest10.csv", index_col=0).to_numpy()[:, 0]]
-        forget_rows = np.sort(forget_rows) if run == 1 else forget_rows  # its token file is sorted; its table is not
-        runs[run] = np.array(pairs["input_ids"][:]), np.array(pairs["neighbor_input_ids"][:]), forget_rows, neighbor_rows
+        neighbor_rows = left[pd.read_csv(folder / "nearest10.csv", index_col=0).to_numpy()[:, 0]]
+        forget_rows = (
+            np.sort(forget_rows) if run == 1 else forget_rows
+        )  # its token file is sorted; its table is not
+        runs[run] = (
+            np.array(pairs["input_ids"][:]),
+            np.array(pairs["neighbor_input_ids"][:]),
+            forget_rows,
+            neighbor_rows,
+        )
     return runs
 
 
@@ -82,22 +111,30 @@ def full(published):
 
 def test_row_numbers_mean_what_we_think(published):
     """One sequence has one row, and one row one sequence, in whichever run and role it appears: in no other order or numbering of nearest10.csv does that hold."""
-    met = [(tuple(sequence), row) for forget, neighbors, *rows in published.values()
-           for sequence, row in zip(np.concatenate([forget, neighbors]).tolist(), np.concatenate(rows).tolist())]
-    by_sequence, by_row = dict(met), dict((row, sequence) for sequence, row in met)
-    assert len(met) - len(by_sequence) >= 20, "sequences that are met more than once: what there is to agree on"
+    met = [
+        (tuple(sequence), row)
+        for forget, neighbors, *rows in published.values()
+        for sequence, row in zip(
+            np.concatenate([forget, neighbors]).tolist(), np.concatenate(rows).tolist(), strict=False
+        )
+    ]
+    by_sequence, by_row = dict(met), {row: sequence for sequence, row in met}
+    assert len(met) - len(by_sequence) >= 20, (
+        "sequences that are met more than once: what there is to agree on"
+    )
     assert len({*met}) == len(by_sequence) == len(by_row)
 
 
 # ---- neighbors from the full set ----
 
+
 def trigrams(texts, size=256):
     """A cheap embedder: counts of letter trigrams, hashed by their own code."""
     vectors = np.zeros((len(texts), size), dtype=np.float32)
-    for vector, text in zip(vectors, texts):
-        for a, b, c in zip(text, text[1:], text[2:]):
-            vector[(ord(a)*961 + ord(b)*31 + ord(c)) % size] += 1
-    return vectors/np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
+    for vector, text in zip(vectors, texts, strict=False):
+        for a, b, c in zip(text, text[1:], text[2:], strict=False):
+            vector[(ord(a) * 961 + ord(b) * 31 + ord(c)) % size] += 1
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -105,38 +142,62 @@ def test_neighbors_by_the_slow_definition(published, full, gpt2, run):
     """Second halves, forget sequences taken out, plain L2: k = 1 ... 10, with and without near-duplicates."""
     forget, pool = published[run][0][:40], full[0][~np.isin(full[1], published[run][2][:40])]
     queries, vectors = (trigrams(gpt2.batch_decode(rows[:, 100:])) for rows in (forget, pool))
-    order = (queries.astype(float)**2).sum(1)[:, None] + (vectors.astype(float)**2).sum(1) - 2*queries.astype(float) @ vectors.T.astype(float)
+    order = (
+        (queries.astype(float) ** 2).sum(1)[:, None]
+        + (vectors.astype(float) ** 2).sum(1)
+        - 2 * queries.astype(float) @ vectors.T.astype(float)
+    )
     paper = extraction_neighbors(forget, full[0], gpt2, embedder=trigrams, k=10, max_overlap=1.0)
     assert np.allclose(np.take_along_axis(order, paper, 1), np.sort(order)[:, :10], atol=1e-5)
 
     grams = [[word_ngrams(text) for text in gpt2.batch_decode(rows)] for rows in (forget, pool)]
     copies = np.array([[containment(f, r) > 0.5 for r in grams[1]] for f in grams[0]])
     ours = extraction_neighbors(forget, full[0], gpt2, embedder=trigrams, k=10)
-    assert np.allclose(np.take_along_axis(order, ours, 1), np.sort(np.where(copies, np.inf, order))[:, :10], atol=1e-5)
+    assert np.allclose(
+        np.take_along_axis(order, ours, 1), np.sort(np.where(copies, np.inf, order))[:, :10], atol=1e-5
+    )
     assert not np.take_along_axis(copies, ours, 1).any() and np.take_along_axis(copies, paper, 1).any()
 
 
 def test_the_papers_embedder_finds_the_published_neighbors(published, gpt2, minilm):
     """And counts their rows among what is left: the first 20 pairs of each run, in the order of the full set (05_cle asks for all pairs)."""
     few = {run: [part[:20] for part in parts] for run, parts in published.items()}
-    rows, first = np.unique(np.concatenate([np.concatenate(run[2:]) for run in few.values()]), return_index=True)
-    full, embedder = np.concatenate([np.concatenate(run[:2]) for run in few.values()])[first], sentence_embedder(minilm)
+    rows, first = np.unique(
+        np.concatenate([np.concatenate(run[2:]) for run in few.values()]), return_index=True
+    )
+    full, embedder = (
+        np.concatenate([np.concatenate(run[:2]) for run in few.values()])[first],
+        sentence_embedder(minilm),
+    )
     for forget, _, forget_rows, neighbor_rows in few.values():
         found = extraction_neighbors(forget, full, gpt2, embedder=embedder, max_overlap=1.0)[:, 0]
         assert found.tolist() == np.searchsorted(np.setdiff1d(rows, forget_rows), neighbor_rows).tolist()
 
 
-@pytest.mark.parametrize("wrong, argument", [(dict(k=0), "k"), (dict(k=1.5), "k"), (dict(k=9), "retain"), (dict(max_overlap=2), "max_overlap"), (dict(forget=[[9]*8]), "full")])
+@pytest.mark.parametrize(
+    "wrong, argument",
+    [
+        ({"k": 0}, "k"),
+        ({"k": 1.5}, "k"),
+        ({"k": 9}, "retain"),
+        ({"max_overlap": 2}, "max_overlap"),
+        ({"forget": [[9] * 8]}, "full"),
+    ],
+)
 def test_impossible_requests_are_refused_before_anything_is_embedded(tiny, wrong, argument):
     full = np.arange(80).reshape(10, 8)
 
     def never(texts):
         raise AssertionError("embedded")
+
     with pytest.raises(InputError, match=f"`{argument}`"):
-        extraction_neighbors(**{"forget": full[:2], "full": full, "tokenizer": tiny.tokenizer, "embedder": never, **wrong})
+        extraction_neighbors(
+            **{"forget": full[:2], "full": full, "tokenizer": tiny.tokenizer, "embedder": never, **wrong}
+        )
 
 
 # ---- the real encoder inside the loop ----
+
 
 @pytest.fixture(scope="module")
 def suffixes(published, gpt2):
@@ -147,6 +208,7 @@ def suffixes(published, gpt2):
 def test_bert_score_by_a_real_encoder(suffixes, minilm):
     """Against the formula: greedy cosine matching of last-layer vectors, without the special tokens at both ends."""
     from transformers import AutoModel, AutoTokenizer
+
     tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
 
     @torch.no_grad()
@@ -155,10 +217,10 @@ def test_bert_score_by_a_real_encoder(suffixes, minilm):
         return hidden / hidden.norm(dim=1, keepdim=True)
 
     expected = []
-    for truth, said in zip(*suffixes):
+    for truth, said in zip(*suffixes, strict=False):
         similar = vectors(said) @ vectors(truth).T
         precision, recall = similar.max(1).values.mean(), similar.max(0).values.mean()
-        expected.append((2*precision*recall / (precision + recall)).item())
+        expected.append((2 * precision * recall / (precision + recall)).item())
     assert max(expected) - min(expected) > 0.3, "both near-duplicates and strangers"
     assert BERTScorer(minilm)(suffixes[1], suffixes[0]) == pytest.approx(expected, abs=1e-5)
 
@@ -166,20 +228,39 @@ def test_bert_score_by_a_real_encoder(suffixes, minilm):
 def test_unlearning_with_the_papers_embedder_and_a_real_encoder(tiny, published, gpt2, minilm):
     """Two epochs on real texts: MiniLM chooses the pairs and scores every check."""
     import sentence_transformers
+
     forget, retain = gpt2.batch_decode(published[0][0][:6]), gpt2.batch_decode(published[0][1][:24])
-    result = unlearn(tiny.copy(), tiny.tokenizer, forget, retain, tiny.config(), thresholds=Thresholds(ma=0, el=0), refinement=None, embedder=minilm, encoder=minilm)
+    result = unlearn(
+        tiny.copy(),
+        tiny.tokenizer,
+        forget,
+        retain,
+        tiny.config(),
+        thresholds=Thresholds(ma=0, el=0),
+        refinement=None,
+        embedder=minilm,
+        encoder=minilm,
+    )
     assert result.stop_reason == "max_epochs" and result.history["epoch"].tolist() == [0, 1, 2]
 
     # The model sees the first 48 tokens of each text: so do we.
-    texts = lambda texts, part: tiny.tokenizer.batch_decode([ids[:48][part] for ids in tiny.tokenizer(texts)["input_ids"]])
+    texts = lambda texts, part: tiny.tokenizer.batch_decode(
+        [ids[:48][part] for ids in tiny.tokenizer(texts)["input_ids"]]
+    )
     encoder = sentence_transformers.SentenceTransformer(minilm)
-    queries, vectors = (encoder.encode(texts(rows, slice(24, None)), show_progress_bar=False) for rows in (forget, retain))
-    distances = ((queries[:, None] - vectors[None])**2).sum(-1)
+    queries, vectors = (
+        encoder.encode(texts(rows, slice(24, None)), show_progress_bar=False) for rows in (forget, retain)
+    )
+    distances = ((queries[:, None] - vectors[None]) ** 2).sum(-1)
     grams = [[word_ngrams(text) for text in texts(rows, slice(None))] for rows in (forget, retain)]
     distances[[[containment(f, r) > 0.5 for r in grams[1]] for f in grams[0]]] = np.inf
     assert result.pairs[:, 0].tolist() == distances.argmin(1).tolist()
 
     truth = texts(forget, slice(36, None))
     last = result.samples[result.samples["epoch"] == 2]
-    assert result.history["bert_f1"].between(0.05, 1).all() and result.history["bert_f1"].iloc[2] == pytest.approx(last["bert_f1"].mean())
-    assert last["bert_f1"].tolist() == pytest.approx(BERTScorer(minilm)(last["continuation"].tolist(), truth), abs=1e-5)
+    assert result.history["bert_f1"].between(0.05, 1).all() and result.history["bert_f1"].iloc[
+        2
+    ] == pytest.approx(last["bert_f1"].mean())
+    assert last["bert_f1"].tolist() == pytest.approx(
+        BERTScorer(minilm)(last["continuation"].tolist(), truth), abs=1e-5
+    )

@@ -1,4 +1,5 @@
 """Plots: every figure drawn from made-up rows and looked at by the renderer."""
+
 import importlib
 import itertools
 import json
@@ -15,26 +16,82 @@ from matplotlib.text import Text
 from PIL import Image
 
 from icu_nb import plots
-from icu_nb.core import COLORS, InputError, set_figure_style
-from icu_nb.experiments import COLUMNS, LABELS, SCHEMA
-from icu_nb.one_run import run_key
+from icu_nb.errors import InputError
+from icu_nb.paper.experiments import COLUMNS, LABELS, SCHEMA
+from icu_nb.paper.style import COLORS, set_figure_style
+from icu_nb.paper.trial import run_key
 
 ROOT = Path(__file__).resolve().parents[1]
 
-METHODS = ["original", "retrained", "icu", "ga", "kumpr", "graddiff", "kl", "llmu", "po", "dpo", "eul", "npo", "simnpo", "rmu", "undial", "wga", "satimp", "task vector"]
+METHODS = [
+    "original",
+    "retrained",
+    "icu",
+    "ga",
+    "kumpr",
+    "graddiff",
+    "kl",
+    "llmu",
+    "po",
+    "dpo",
+    "eul",
+    "npo",
+    "simnpo",
+    "rmu",
+    "undial",
+    "wga",
+    "satimp",
+    "task vector",
+]
 
 
 def made_up(entries, seeds=3, **own):
     """Invented rows; entries: (label, method, columns)."""
     rng, rows = np.random.default_rng(0), []
     for (label, method, columns), seed in itertools.product(entries, range(seeds)):
-        factor = {"original": 1.0, "retrained": 0.8, "ga": 900.0}.get(method, 1 + len(label)/20)
+        factor = {"original": 1.0, "retrained": 0.8, "ga": 900.0}.get(method, 1 + len(label) / 20)
         ma = 0.98 if method == "original" or label.startswith("SimNPO") else 0.36
-        ppl = {f"ppl_{kind}": level*factor**power*rng.lognormal(0, 0.1) for kind, level, power in [("neighbors", 16, 1), ("retain", 17, 0.9), ("heldout", 28, 1.2), ("general", 140, 0.3)]}
-        rows.append({"profile": "tiny", "data": "people", "model": "tiny gpt-neo", "method": method, "label": label, "seed": seed, "settings": json.dumps(label), "schema": SCHEMA, "ma": ma + 0.01*rng.random(), "el10": 0.0,
-                     "threshold_ma": 0.37, "reached": ma < 0.5, "epochs": 12, **ppl, "seconds_train": 20*rng.lognormal(0, 0.1), "distance": factor, "distance_heldout": factor/2, **own, **columns})
+        ppl = {
+            f"ppl_{kind}": level * factor**power * rng.lognormal(0, 0.1)
+            for kind, level, power in [
+                ("neighbors", 16, 1),
+                ("retain", 17, 0.9),
+                ("heldout", 28, 1.2),
+                ("general", 140, 0.3),
+            ]
+        }
+        rows.append(
+            {
+                "profile": "tiny",
+                "data": "people",
+                "model": "tiny gpt-neo",
+                "method": method,
+                "label": label,
+                "seed": seed,
+                "settings": json.dumps(label),
+                "schema": SCHEMA,
+                "ma": ma + 0.01 * rng.random(),
+                "el10": 0.0,
+                "threshold_ma": 0.37,
+                "reached": ma < 0.5,
+                "epochs": 12,
+                **ppl,
+                "seconds_train": 20 * rng.lognormal(0, 0.1),
+                "distance": factor,
+                "distance_heldout": factor / 2,
+                **own,
+                **columns,
+            }
+        )
     rows = pd.DataFrame(rows)
-    return rows.assign(key=[run_key(*row) for row in rows[["profile", "data", "model", "method", "seed", "settings"]].itertuples(index=False)])
+    return rows.assign(
+        key=[
+            run_key(*row)
+            for row in rows[["profile", "data", "model", "method", "seed", "settings"]].itertuples(
+                index=False
+            )
+        ]
+    )
 
 
 def plain(*methods, **columns):
@@ -46,32 +103,127 @@ def folder(tmp_path_factory):
     """A table for every experiment, with labels as long as real ones."""
     folder = tmp_path_factory.mktemp("data")
     variant = lambda *labels: [(label, "icu", {}) for label in labels]
-    main_table = made_up([*plain(*METHODS), ("ICU, published rule", "icu", {}), *plain(*METHODS[:9], data="pile0")])
+    main_table = made_up(
+        [*plain(*METHODS), ("ICU (published rule)", "icu", {}), *plain(*METHODS[:9], data="pile0")]
+    )
     main_table.loc[main_table.label == "KL", "ppl_general"] = np.nan
-    rules = {"BLEU under 0.01": (0.5, 0, 0), "all-MiniLM-L6-v2: F1 under 0.6 and BLEU": (0.2, 0.1, 0.3), "bert-base-uncased: F1 under 0.3 or BLEU": (0.1, 0.2, 0.6), "own scores, KUMPR's numbers": (None, None, None)}
+    rules = {
+        "BLEU under 0.01": (0.5, 0, 0),
+        "all-MiniLM-L6-v2: F1 under 0.6 and BLEU": (0.2, 0.1, 0.3),
+        "bert-base-uncased: F1 under 0.3 or BLEU": (0.1, 0.2, 0.6),
+        "ICU, KUMPR's numbers": (None, None, None),
+    }
     attacks = {name: 0.3 for name in plots.ATTACK_NAMES if name != "ma"}
-    weights = [(f"α = {a:g}, β = {b:g}", "icu", {"alpha": a, "beta": b, "lr": 1e-4}) for a in (0.0, 0.5, 1.0, 2.0) for b in (0.0, 1.0, 2.0)]
+    weights = [
+        (f"α = {a:g}, β = {b:g}", "icu", {"alpha": a, "beta": b, "learning_rate": 1e-4})
+        for a in (0.0, 0.5, 1.0, 2.0)
+        for b in (0.0, 1.0, 2.0)
+    ]
     tables = {
         "main_table": main_table,
-        "ablation": made_up(variant("ICU", "no L_lrn", "no L_kl", "neither", "no IUR", "no IUR, 20 epochs", "KUI alone")),
-        "sensitivity": made_up([*weights, *((f"lr = {lr:g}", "icu", {"alpha": 0.5, "beta": 1.0, "lr": lr}) for lr in (3e-5, 3e-4, 1e-3))]),
-        "neighbors": made_up(variant("nearest", "random", "farthest", "K = 2", "K = 4", "K = 8", "10% noise", "50% noise", "pool of 20", "near-duplicates passed over", "near-duplicates allowed", "25% general text")),
-        "thresholds": made_up([(label, "icu", dict(zip(("only_bleu", "only_bert", "both"), shares))) for label, shares in rules.items()]),
-        "tradeoff": made_up(plain("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po", "wga")),
-        "requests": made_up([*((f"{plots.METHODS[method][0]}, {n} in {m}", method, {"requests": n, "batches": m}) for method in ("icu", "ga") for n, m in ((1, 1), (8, 1), (64, 1), (512, 1), (64, 8), (512, 8))), *plain("original")]),
-        "limits": pd.concat([made_up(plain("original", "retrained", "random weights", "icu", "ga", "npo"), **attacks), *(made_up(plain("original", "retrained", "icu", "ga"), model=model) for model in ("tiny gpt2", "tiny llama", "tiny opt"))]),
-        "case_study": made_up(plain("original", "retrained", "icu", "ga"), 1)}
+        "ablation": made_up(
+            variant("ICU", "no L_lrn", "no L_kl", "neither", "no IUR", "no IUR, 20 epochs", "KUI alone")
+        ),
+        "sensitivity": made_up(
+            [
+                *weights,
+                *(
+                    (
+                        f"learning rate {learning_rate:g}",
+                        "icu",
+                        {"alpha": 0.5, "beta": 1.0, "learning_rate": learning_rate},
+                    )
+                    for learning_rate in (3e-5, 3e-4, 1e-3)
+                ),
+            ]
+        ),
+        "neighbors": made_up(
+            variant(
+                "nearest",
+                "random",
+                "farthest",
+                "K = 2",
+                "K = 4",
+                "K = 8",
+                "10% noise",
+                "50% noise",
+                "pool of 20",
+                "near-duplicates passed over",
+                "near-duplicates allowed",
+                "25% general text",
+            )
+        ),
+        "thresholds": made_up(
+            [
+                (label, "icu", dict(zip(("only_bleu", "only_bert", "both"), shares, strict=False)))
+                for label, shares in rules.items()
+            ]
+        ),
+        "tradeoff": made_up(
+            plain("original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po", "wga")
+        ),
+        "requests": made_up(
+            [
+                *(
+                    (f"{plots.METHODS[method][0]}, {n} in {m}", method, {"requests": n, "batches": m})
+                    for method in ("icu", "ga")
+                    for n, m in ((1, 1), (8, 1), (64, 1), (512, 1), (64, 8), (512, 8))
+                ),
+                *plain("original"),
+            ]
+        ),
+        "limits": pd.concat(
+            [
+                made_up(plain("original", "retrained", "random weights", "icu", "ga", "npo"), **attacks),
+                *(
+                    made_up(plain("original", "retrained", "icu", "ga"), model=model)
+                    for model in ("tiny gpt2", "tiny llama", "tiny opt")
+                ),
+            ]
+        ),
+        "case_study": made_up(plain("original", "retrained", "icu", "ga"), 1),
+    }
     tables["requests"].loc[tables["requests"].method == "original", ["requests", "batches"]] = np.nan
     trained = tables["tradeoff"][~tables["tradeoff"].method.isin(["original", "retrained"])]
-    tables["tradeoff_history"] = pd.DataFrame([{"key": row["key"], "label": row.label, "seed": row.seed, "epoch": epoch, "ma": 0.98*0.85**epoch, **{f"ppl_{kind}": 20*1.1**(epoch*(1 + len(row.label)/8)) for kind in ("neighbors", "heldout", "general")}}
-                                               for row in (trained.iloc[i] for i in range(len(trained))) for epoch in range(10)])
+    tables["tradeoff_history"] = pd.DataFrame(
+        [
+            {
+                "key": row["key"],
+                "label": row.label,
+                "seed": row.seed,
+                "epoch": epoch,
+                "ma": 0.98 * 0.85**epoch,
+                **{
+                    f"ppl_{kind}": 20 * 1.1 ** (epoch * (1 + len(row.label) / 8))
+                    for kind in ("neighbors", "heldout", "general")
+                },
+            }
+            for row in (trained.iloc[i] for i in range(len(trained)))
+            for epoch in range(10)
+        ]
+    )
     told = "phone number is 555-0142 and she works as a glass blower for Ito, Baker and Sons in Port Ann"
-    tables["case_study_samples"] = pd.DataFrame([{"key": tables["case_study"].set_index("label")["key"][label], "label": label, "seed": 0, "epoch": epoch, "id": 0, "prompt": "Ann Example lives at 7 Made Up Road. Her", "truth": told, "continuation": told.replace("glass", "snow"*epoch), "ma": 0.9}
-                                                 for label, epochs in (("original", [0]), ("ICU", range(8)), ("gradient ascent", range(3))) for epoch in epochs])
+    tables["case_study_samples"] = pd.DataFrame(
+        [
+            {
+                "key": tables["case_study"].set_index("label")["key"][label],
+                "label": label,
+                "seed": 0,
+                "epoch": epoch,
+                "id": 0,
+                "prompt": "Ann Example lives at 7 Made Up Road. Her",
+                "truth": told,
+                "continuation": told.replace("glass", "snow" * epoch),
+                "ma": 0.9,
+            }
+            for label, epochs in (("original", [0]), ("ICU", range(8)), ("gradient ascent", range(3)))
+            for epoch in epochs
+        ]
+    )
     for name, table in tables.items():
         if not name.endswith(("_history", "_samples")):
             table = table.assign(experiment=name).reindex(columns=list(dict.fromkeys([*COLUMNS, *table])))
-        table.to_csv(folder/f"{name}.csv", index=False)
+        table.to_csv(folder / f"{name}.csv", index=False)
     return folder
 
 
@@ -85,20 +237,47 @@ def style():
 
 # ---- figures ----
 
+
 def test_every_method_has_a_style_of_its_own():
-    from icu_nb.baselines import OBJECTIVES
+    from icu_nb.methods.registry import OBJECTIVES
+
     assert set(OBJECTIVES) < set(plots.METHODS) == set(LABELS)
     styles = [style for _, *style in plots.METHODS.values()]
     assert len(set(map(tuple, styles))) == len(styles)
-    assert all(plots.STYLES[label][0] == COLORS[label] for label in ("original", "retrained", "ICU", "gradient ascent"))
-    assert len({plots.STYLES[label][1] for label in ("original", "retrained", "ICU", "gradient ascent", "GradDiff", "KL", "NPO", "PO", "WGA")}) == 9  # one picture, told apart in grey
+    assert all(
+        plots.STYLES[label][0] == COLORS[label]
+        for label in ("original", "retrained", "ICU", "gradient ascent")
+    )
+    assert (
+        len(
+            {
+                plots.STYLES[label][1]
+                for label in (
+                    "original",
+                    "retrained",
+                    "ICU",
+                    "gradient ascent",
+                    "GradDiff",
+                    "KL",
+                    "NPO",
+                    "PO",
+                    "WGA",
+                )
+            }
+        )
+        == 9
+    )  # one picture, told apart in grey
 
 
 def boxes(fig):
     """What is written where, in pixels."""
     fig.canvas.draw()
     renderer = fig.canvas.get_renderer()
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [
+        (text.get_text(), text.get_window_extent(renderer))
+        for text in fig.findobj(Text)
+        if text.get_visible() and text.get_text().strip()
+    ]
 
 
 def seen_ticks(fig):
@@ -107,7 +286,12 @@ def seen_ticks(fig):
     for ax in fig.axes:
         for axis in (ax.xaxis, ax.yaxis):
             drawn = {id(tick) for tick in axis._update_ticks()}
-            hidden |= {label for tick in axis.get_major_ticks() + axis.get_minor_ticks() if id(tick) not in drawn for label in [tick.label1, tick.label2]}
+            hidden |= {
+                label
+                for tick in axis.get_major_ticks() + axis.get_minor_ticks()
+                if id(tick) not in drawn
+                for label in [tick.label1, tick.label2]
+            }
     return hidden
 
 
@@ -116,7 +300,18 @@ def test_no_text_of_a_figure_covers_another(name, folder):
     fig = plots.draw_figure(name, folder)
     fig.canvas.draw()
     hidden, renderer = seen_ticks(fig), fig.canvas.get_renderer()
-    texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in hidden and not (text.axes and not text.axes.axison and text in text.axes.get_xticklabels() + text.axes.get_yticklabels())]
+    texts = [
+        text
+        for text in fig.findobj(Text)
+        if text.get_visible()
+        and text.get_text().strip()
+        and text not in hidden
+        and not (
+            text.axes
+            and not text.axes.axison
+            and text in text.axes.get_xticklabels() + text.axes.get_yticklabels()
+        )
+    ]
     boxes = [(text.get_text(), text.get_window_extent(renderer).padded(-1)) for text in texts]
     for (first, a), (second, b) in itertools.combinations(boxes, 2):
         assert not a.overlaps(b), f"{first!r} and {second!r}"
@@ -125,8 +320,12 @@ def test_no_text_of_a_figure_covers_another(name, folder):
 
 def test_figures_are_the_same_bytes_again(folder, tmp_path):
     for out in ("first", "second"):
-        assert plots.main(["ablation", "case_study", "--data", str(folder), "--out", str(tmp_path/out)]) == 0
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path/out).iterdir()} for out in ("first", "second"))
+        assert (
+            plots.main(["ablation", "case_study", "--data", str(folder), "--out", str(tmp_path / out)]) == 0
+        )
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("first", "second")
+    )
     assert first == second and len(first) == 4
     assert b"<dc:date>" not in first["ablation.svg"]
 
@@ -138,28 +337,38 @@ def drawn(svg):
     return re.sub(number, "0", text), np.array([float(found) for found in re.findall(number, text)])
 
 
-@pytest.mark.parametrize("stem", sorted(path.stem for path in (ROOT/"figures").glob("*.svg")))
+@pytest.mark.parametrize("stem", sorted(path.stem for path in (ROOT / "figures").glob("*.svg")))
 def test_the_stored_figures_come_out_again(stem, tmp_path):
     """What lies in figures/ is what `make figures` draws; processors differ in the last digit of a logarithm, which nobody sees."""
     name, profile = (stem.removesuffix("_gpu"), "gpu") if stem.endswith("_gpu") else (stem, "tiny")
-    stored = ROOT/"figures"
-    if f"Matplotlib v{version('matplotlib')}" not in (stored/f"{stem}.svg").read_text(encoding="utf-8"):
+    stored = ROOT / "figures"
+    if f"Matplotlib v{version('matplotlib')}" not in (stored / f"{stem}.svg").read_text(encoding="utf-8"):
         pytest.skip("drawn by another version of matplotlib")
-    assert plots.main([name, "--profile", profile, "--data", str(stored/"data"), "--out", str(tmp_path)]) == 0
+    assert (
+        plots.main([name, "--profile", profile, "--data", str(stored / "data"), "--out", str(tmp_path)]) == 0
+    )
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.svg", f"{stem}.png"}
-    (said, numbers), (stored_said, stored_numbers) = drawn(tmp_path/f"{stem}.svg"), drawn(stored/f"{stem}.svg")
+    (said, numbers), (stored_said, stored_numbers) = (
+        drawn(tmp_path / f"{stem}.svg"),
+        drawn(stored / f"{stem}.svg"),
+    )
     assert said == stored_said and np.allclose(numbers, stored_numbers, rtol=0, atol=1e-3)
-    picture, stored_picture = (np.asarray(Image.open(folder/f"{stem}.png").convert("RGB"), int) for folder in (tmp_path, stored))
+    picture, stored_picture = (
+        np.asarray(Image.open(folder / f"{stem}.png").convert("RGB"), int) for folder in (tmp_path, stored)
+    )
     assert picture.shape == stored_picture.shape and np.abs(picture - stored_picture).max() <= 4
 
 
 def test_every_figure_is_one_that_can_be_drawn_again():
-    assert {path.stem.removesuffix("_gpu") for path in (ROOT/"figures").glob("*.svg")} <= {*plots.FIGURES, *plots.STORED}
+    assert {path.stem.removesuffix("_gpu") for path in (ROOT / "figures").glob("*.svg")} <= {
+        *plots.FIGURES,
+        *plots.STORED,
+    }
 
 
 def test_damaged_rows_are_not_drawn(folder, tmp_path):
-    text = (folder/"ablation.csv").read_text()
-    (tmp_path/"ablation.csv").write_text(text.replace("no L_lrn", "no L_lrm"))
+    text = (folder / "ablation.csv").read_text()
+    (tmp_path / "ablation.csv").write_text(text.replace("no L_lrn", "no L_lrm"))
     with pytest.raises(InputError, match="key is not the hash"):
         plots.draw_figure("ablation", tmp_path)
 
@@ -189,17 +398,31 @@ def test_hollow_where_too_little_was_forgotten():
 def test_titles_count_what_the_tests_say():
     rows = made_up(plain("icu", "npo", "kl"), 5)
     wide = rows.set_index(["label", "seed"]).ppl_heldout
-    rows["ppl_heldout"] = [wide["ICU", seed]*{"ICU": 1, "NPO": 2, "KL": 1.0}[label]*(1 + 0.01*(-1)**seed*(label != "ICU")) for label, seed in zip(rows.label, rows.seed)]
+    rows["ppl_heldout"] = [
+        wide["ICU", seed]
+        * {"ICU": 1, "NPO": 2, "KL": 1.0}[label]
+        * (1 + 0.01 * (-1) ** seed * (label != "ICU"))
+        for label, seed in zip(rows.label, rows.seed, strict=False)
+    ]
     assert "1 of 2 clearly over" in plots.plot_methods(rows).get_title(loc="left").replace("\n", " ")
 
 
 def test_front_is_the_least_at_or_under_a_level():
     run = pd.DataFrame({"ma": [0.98, 0.7, 0.5, 0.55], "ppl_heldout": [20.0, 22.0, 40.0, 30.0]})
-    assert plots.pareto_front(run, "ppl_heldout", [1.0, 0.7, 0.6, 0.5, 0.4]) == pytest.approx([20, 22, 30, 40, math.nan], nan_ok=True)
+    assert plots.pareto_front(run, "ppl_heldout", [1.0, 0.7, 0.6, 0.5, 0.4]) == pytest.approx(
+        [20, 22, 30, 40, math.nan], nan_ok=True
+    )
 
 
 def test_front_is_empty_where_a_seed_does_not_get():
-    history = pd.DataFrame({"label": "ICU", "seed": [0, 0, 1, 1], "ma": [0.9, 0.3, 0.9, 0.5], "ppl_heldout": [10.0, 20.0, 10.0, 45.0]})
+    history = pd.DataFrame(
+        {
+            "label": "ICU",
+            "seed": [0, 0, 1, 1],
+            "ma": [0.9, 0.3, 0.9, 0.5],
+            "ppl_heldout": [10.0, 20.0, 10.0, 45.0],
+        }
+    )
     found = plots.fronts(history, "ppl_heldout", [0.5, 0.4]).set_index("level")
     assert found["mean"][0.5] == pytest.approx(30) and np.isnan(found["mean"][0.4])
 
@@ -222,7 +445,12 @@ def test_framework_names_what_there_is_and_no_arrow_crosses_a_text():
 
 
 def test_arrows_run_from_box_to_box_and_through_none():
-    inside = lambda x, y, margin: [code for left, bottom, *_, code in plots.BOXES if left + margin < x < left + plots.WIDTH - margin and bottom + margin < y < bottom + plots.HEIGHT - margin]
+    inside = lambda x, y, margin: [
+        code
+        for left, bottom, *_, code in plots.BOXES
+        if left + margin < x < left + plots.WIDTH - margin
+        and bottom + margin < y < bottom + plots.HEIGHT - margin
+    ]
     for points in plots.ARROWS:
         assert len(inside(*points[0], -0.1)) == len(inside(*points[-1], -0.1)) == 1
         for start, end in itertools.pairwise(points):
@@ -231,14 +459,21 @@ def test_arrows_run_from_box_to_box_and_through_none():
 
 # ---- bad input ----
 
-@pytest.mark.parametrize("draw, message", [
-    (lambda rows: plots.plot_methods(rows[:0]), "`rows`: there are none"),
-    (lambda rows: plots.plot_methods(rows.drop(columns="ppl_heldout")), "no column ppl_heldout"),
-    (lambda rows: plots.plot_methods(pd.concat([rows, rows.assign(model="another")])), "several kinds of model"),
-    (lambda rows: plots.plot_ablation(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
-    (lambda rows: plots.plot_limits(rows), "no attack was measured"),
-    (lambda rows: plots.draw_figure("tabel"), "Known: framework"),
-])
+
+@pytest.mark.parametrize(
+    "draw, message",
+    [
+        (lambda rows: plots.plot_methods(rows[:0]), "`rows`: there are none"),
+        (lambda rows: plots.plot_methods(rows.drop(columns="ppl_heldout")), "no column ppl_heldout"),
+        (
+            lambda rows: plots.plot_methods(pd.concat([rows, rows.assign(model="another")])),
+            "several kinds of model",
+        ),
+        (lambda rows: plots.plot_ablation(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
+        (lambda rows: plots.plot_limits(rows), "no attack was measured"),
+        (lambda rows: plots.draw_figure("tabel"), "Known: framework"),
+    ],
+)
 def test_bad_input_is_told(draw, message):
     with pytest.raises(InputError, match=message):
         draw(made_up(plain("icu", "kl")))

@@ -1,4 +1,5 @@
 """Privacy: quantization, relearning, and the audit that runs every attack and changes no model."""
+
 import copy
 
 import numpy as np
@@ -7,30 +8,35 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icu_nb.core import InputError
-from icu_nb.data import people, tokenize
-from icu_nb.extraction import extraction_strength, probes
-from icu_nb.loading import add_lora, merge_lora
+from icu_nb.data.people import people
+from icu_nb.errors import InputError
+from icu_nb.evals.audit import ATTACKS, audit, mean_row, quantize, recall, relearn, round_to_nearest
+from icu_nb.evals.extraction import extraction_strength, probes
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy
-from icu_nb.models import tiny_gpt_neo
-from icu_nb.privacy import ATTACKS, audit, mean_row, quantize, recall, relearn, round_to_nearest
+from icu_nb.models.loading import add_lora, merge_lora
+from icu_nb.models.tiny import tiny_gpt_neo
+from icu_nb.text import tokenize
 
 COLUMNS = ["attack", "metric", "value", "low", "high", "n"]
 
 
 def test_rounding_a_hand_made_matrix():
-    weight = torch.tensor([[0.7, -0.32, 0.1, 0.04], [7.0, 3.4, -3.6, 0.0], [0.0]*4])
-    assert torch.allclose(round_to_nearest(weight, 4), torch.tensor([[0.7, -0.3, 0.1, 0.0], [7.0, 3.0, -4.0, 0.0], [0.0]*4]))
-    assert torch.allclose(round_to_nearest(torch.tensor([[127.0, 0.4, -126.6]]), 8), torch.tensor([[127.0, 0.0, -127.0]]))
+    weight = torch.tensor([[0.7, -0.32, 0.1, 0.04], [7.0, 3.4, -3.6, 0.0], [0.0] * 4])
+    assert torch.allclose(
+        round_to_nearest(weight, 4), torch.tensor([[0.7, -0.3, 0.1, 0.0], [7.0, 3.0, -4.0, 0.0], [0.0] * 4])
+    )
+    assert torch.allclose(
+        round_to_nearest(torch.tensor([[127.0, 0.4, -126.6]]), 8), torch.tensor([[127.0, 0.0, -127.0]])
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounded_weights_have_few_levels_and_small_errors(bits):
     weight = torch.randn(5, 200, generator=torch.Generator().manual_seed(0))
-    rounded, steps = round_to_nearest(weight, bits), 2**(bits - 1) - 1
-    for row, old in zip(rounded, weight):
-        scale = old.abs().max()/steps
-        assert len(row.unique()) <= 2*steps + 1 and (row - old).abs().max() <= scale/2*(1 + 1e-4)
+    rounded, steps = round_to_nearest(weight, bits), 2 ** (bits - 1) - 1
+    for row, old in zip(rounded, weight, strict=False):
+        scale = old.abs().max() / steps
+        assert len(row.unique()) <= 2 * steps + 1 and (row - old).abs().max() <= scale / 2 * (1 + 1e-4)
     assert torch.allclose(round_to_nearest(rounded, bits), rounded, atol=1e-6)  # once is enough
 
 
@@ -44,10 +50,14 @@ def test_quantize_rounds_all_linear_layers_but_the_head(tiny):
     before = tiny.weights(tiny.model)
     model = quantize(tiny.model, 4)
     assert tiny.same(tiny.model, before)
-    linear = {f"{name}.weight" for name, layer in tiny.model.named_modules() if isinstance(layer, torch.nn.Linear)} - {"lm_head.weight"}
+    linear = {
+        f"{name}.weight" for name, layer in tiny.model.named_modules() if isinstance(layer, torch.nn.Linear)
+    } - {"lm_head.weight"}
     assert len(linear) == 12
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, round_to_nearest(before[name], 4) if name in linear else before[name]), name
+        assert torch.equal(tensor, round_to_nearest(before[name], 4) if name in linear else before[name]), (
+            name
+        )
 
 
 def test_gpt2_is_rounded_per_output_channel():
@@ -67,25 +77,52 @@ def test_an_adapter_is_merged_before_rounding(tiny):
     before = tiny.weights(adapted)
     merged, rounded = merge_lora(copy.deepcopy(adapted)), quantize(adapted, 8)
     assert tiny.same(adapted, before)
-    assert all(torch.equal(a, b) for a, b in zip(quantize(merged, 8).parameters(), rounded.parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(quantize(merged, 8).parameters(), rounded.parameters(), strict=False)
+    )
 
 
 def test_recall_is_the_three_measures(tiny):
     scores, sequences = recall(tiny.model, tiny.sequences), tiny.sequences
-    for name, measure in {"MA": memorization_accuracy, "EL": extraction_likelihood, "ES": extraction_strength}.items():
+    for name, measure in {
+        "MA": memorization_accuracy,
+        "EL": extraction_likelihood,
+        "ES": extraction_strength,
+    }.items():
         assert np.allclose(scores[name], measure(tiny.model, **vars(sequences)))
 
 
 def test_relearning_learns_what_is_shown_and_changes_a_copy(tiny):
     stranger = tiny_gpt_neo(len(tiny.tokenizer), max_length=64, n_layers=2, hidden_size=32, n_heads=2)
     before = tiny.weights(stranger)
-    table = relearn(stranger, tiny.tokenizer, tiny.forget[:4], tiny.forget[:4], looks=(0, 20, 60), lr=1e-2, seq_len=48)
+    table = relearn(
+        stranger,
+        tiny.tokenizer,
+        tiny.forget[:4],
+        tiny.forget[:4],
+        looks=(0, 20, 60),
+        learning_rate=1e-2,
+        max_length=48,
+    )
     assert tiny.same(stranger, before) and not stranger.training
-    assert list(table) == ["step", "id", "MA", "EL", "ES"] and table.groupby("step").size().to_dict() == {0: 4, 20: 4, 60: 4}
+    assert list(table) == ["step", "id", "MA", "EL", "ES"] and table.groupby("step").size().to_dict() == {
+        0: 4,
+        20: 4,
+        60: 4,
+    }
     assert table.groupby("step").MA.mean().is_monotonic_increasing
     start = recall(stranger, tokenize(tiny.forget[:4], tiny.tokenizer, 48))
     assert np.allclose(table[table.step == 0].MA, start["MA"])
-    again = relearn(stranger, tiny.tokenizer, tiny.forget[:4], tiny.forget[:4], looks=(0, 20, 60), lr=1e-2, seq_len=48)
+    again = relearn(
+        stranger,
+        tiny.tokenizer,
+        tiny.forget[:4],
+        tiny.forget[:4],
+        looks=(0, 20, 60),
+        learning_rate=1e-2,
+        max_length=48,
+    )
     pd.testing.assert_frame_equal(table, again)
 
 
@@ -97,11 +134,11 @@ def test_looks_without_a_step_are_refused(tiny, looks):
 
 def test_the_interval_of_a_share_does_not_collapse():
     """The rule of three: 0 of 64 is compatible with about 3.7/64 (two-sided)."""
-    row = mean_row("a", "b", [0]*64)
-    assert list(row) == COLUMNS and row["low"] == 0 and row["high"] == pytest.approx(1 - 0.025**(1/64))
+    row = mean_row("a", "b", [0] * 64)
+    assert list(row) == COLUMNS and row["low"] == 0 and row["high"] == pytest.approx(1 - 0.025 ** (1 / 64))
     values = np.random.default_rng(0).random(200)
     row = mean_row("a", "b", values)
-    assert row["high"] - row["low"] == pytest.approx(2*1.96*values.std()/200**0.5, rel=0.15)
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * values.std() / 200**0.5, rel=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +150,16 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
     forget, heldout = tiny.forget + texts[:4], texts[4:16]
     retrained = tiny_gpt_neo(len(tiny.tokenizer), max_length=64, n_layers=2, hidden_size=32, n_heads=2)
     before, model = tiny.weights(tiny.model), tiny.model
-    table = audit(model, tiny.tokenizer, forget, heldout, retrained, unrelated=texts[16:], probes=probes(forget), seq_len=48)
+    table = audit(
+        model,
+        tiny.tokenizer,
+        forget,
+        heldout,
+        retrained,
+        unrelated=texts[16:],
+        probes=probes(forget),
+        max_length=48,
+    )
     assert tiny.same(model, before) and all(p.grad is None for p in retrained.parameters())
     assert list(table) == COLUMNS and list(dict.fromkeys(table.attack)) == list(ATTACKS)
     assert not table.duplicated(["attack", "metric"]).any() and table.value.notna().all()
@@ -123,22 +169,52 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
     assert shares.low.ge(0).all() and shares.high.le(1).all() and len(shares) == len(bounded) - 1
     value = table.set_index("metric").value
     assert value["MA"] > 0.7 and value["AUC loss"] > 0.6 and value["PrivLeak"] < 0
-    assert value["MA"] == pytest.approx(memorization_accuracy(model, **vars(tokenize(forget, tiny.tokenizer, 48))).mean().item())
-    assert any("other words" in metric for metric in table.metric) and any("unrelated" in metric for metric in table.metric)
+    assert value["MA"] == pytest.approx(
+        memorization_accuracy(model, **vars(tokenize(forget, tiny.tokenizer, 48))).mean().item()
+    )
+    assert any("other words" in metric for metric in table.metric) and any(
+        "unrelated" in metric for metric in table.metric
+    )
 
 
 def test_what_is_not_at_hand_is_left_out(tiny, texts):
-    table = audit(tiny.model, tiny.tokenizer, texts[:10], texts[10:20], attacks=["membership", "forget quality"], seq_len=24)
-    assert set(table.attack) == {"membership"} and "PrivLeak" not in set(table.metric) and "AUC reference" not in set(table.metric)
+    table = audit(
+        tiny.model,
+        tiny.tokenizer,
+        texts[:10],
+        texts[10:20],
+        attacks=["membership", "forget quality"],
+        max_length=24,
+    )
+    assert (
+        set(table.attack) == {"membership"}
+        and "PrivLeak" not in set(table.metric)
+        and "AUC reference" not in set(table.metric)
+    )
 
 
 def test_a_model_against_itself_has_no_leak(tiny, texts):
-    table = audit(tiny.model, tiny.tokenizer, texts[:10], texts[10:20], tiny.model, attacks=["membership", "forget quality"], seq_len=24).set_index("metric")
-    assert table.value["PrivLeak"] == 0 and table.value["KS p-value"] == 1 and table.value["AUC reference"] == 0.5
+    table = audit(
+        tiny.model,
+        tiny.tokenizer,
+        texts[:10],
+        texts[10:20],
+        tiny.model,
+        attacks=["membership", "forget quality"],
+        max_length=24,
+    ).set_index("metric")
+    assert (
+        table.value["PrivLeak"] == 0
+        and table.value["KS p-value"] == 1
+        and table.value["AUC reference"] == 0.5
+    )
 
 
 def test_unknown_attacks_and_small_sets_are_refused_before_anything_runs(tiny, texts):
-    with pytest.raises(InputError, match=r"\['bribery'\] are not known.*memorization, extraction, sampling, membership, forget quality, relearning, quantization"):
+    with pytest.raises(
+        InputError,
+        match=r"\['bribery'\] are not known.*memorization, extraction, sampling, membership, forget quality, relearning, quantization",
+    ):
         audit(None, None, texts[:10], texts[10:20], attacks=["bribery"])
     with pytest.raises(InputError, match="`forget`: 9 texts are too few"):
         audit(None, None, texts[:9], texts[10:20])

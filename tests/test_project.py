@@ -1,4 +1,5 @@
 """The project is in step with itself: notebooks, library, README, settings and requirements."""
+
 import configparser
 import json
 import re
@@ -13,12 +14,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from icu_nb.experiments import EXPERIMENTS
-from icu_nb.tables import pool_draws, summarize
+from icu_nb.paper.experiments import EXPERIMENTS
+from icu_nb.paper.tables import pool_draws, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-CHAPTERS = sorted(NBS.glob("[0-9]*.ipynb"), key=lambda f: f.name)  # file-name order is reading order: 06_, 06a_, 07_
+CHAPTERS = sorted(
+    NBS.glob("[0-9]*.ipynb"), key=lambda f: f.name
+)  # file-name order is reading order: 06_, 06a_, 07_
 NOTEBOOKS = sorted(f for f in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda f: f.relative_to(NBS).as_posix())
@@ -26,6 +29,7 @@ each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda f: f.name)
 
 
 # ---- reading notebooks ----
+
 
 def text(lines):
     """nbformat stores a text as one string or as a list of lines."""
@@ -53,7 +57,9 @@ def output_text(output):
 
 def exported_module(path):
     """The modules a notebook makes: a list, since a test below wants at most one."""
-    return re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(text(c["source"]) for c in cells(path, "code")), re.M)
+    return re.findall(
+        r"^#\|\s*default_exp\s+(\S+)", "\n".join(text(c["source"]) for c in cells(path, "code")), re.M
+    )
 
 
 def imported_modules(source):
@@ -73,6 +79,7 @@ def settings(*names):
 
 # ---- notebooks and library ----
 
+
 def test_there_are_notebooks():
     assert CHAPTERS
 
@@ -81,11 +88,19 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     pytest.importorskip("nbdev")
     shutil.copy(ROOT / "settings.ini", tmp_path)
     shutil.copytree(NBS, tmp_path / "nbs")
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
-                   cwd=tmp_path, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
 
     def library(root):  # _modidx.py serves nbdev's documentation only
-        return {f.name: f.read_text(encoding="utf-8") for f in (root / "icu_nb").glob("*.py") if f.name != "_modidx.py"}
+        return {
+            f.name: f.read_text(encoding="utf-8")
+            for f in (root / "icu_nb").glob("*.py")
+            if f.name != "_modidx.py"
+        }
 
     made, stored = library(tmp_path), library(ROOT)
     assert made.keys() == stored.keys()
@@ -113,10 +128,11 @@ def test_directives_come_first(path):
     for cell in cells(path, "code"):
         lines = [line.strip() for line in text(cell["source"]).splitlines() if line.strip()]
         last = max((i for i, line in enumerate(lines) if re.match(r"#\s*\|\s*export", line)), default=-1)
-        assert all(re.match(r"#\s*\|", line) for line in lines[:last + 1]), lines[:last + 1]
+        assert all(re.match(r"#\s*\|", line) for line in lines[: last + 1]), lines[: last + 1]
 
 
 # ---- form ----
+
 
 @each_notebook
 def test_opens_with_title_promise_and_badge(path):
@@ -127,7 +143,9 @@ def test_opens_with_title_promise_and_badge(path):
     user, repo, branch = settings("user", "repo", "branch")
     badge = f"https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
     prose = "\n".join(text(c["source"]) for c in cells(path, "markdown"))
-    assert badge in re.findall(r"https://colab\.research\.google\.com/github/[^\s)\"'>]+\.ipynb", prose), badge
+    assert badge in re.findall(r"https://colab\.research\.google\.com/github/[^\s)\"'>]+\.ipynb", prose), (
+        badge
+    )
 
 
 @each_notebook
@@ -145,14 +163,16 @@ def test_first_code_cell_installs_the_version_of_settings():
 
 @each_notebook
 def test_links_lead_to_notebooks_that_exist(path):
-    for link in re.findall(r"\]\(([\w./-]+\.ipynb)\)", "\n".join(text(c["source"]) for c in cells(path, "markdown"))):
+    for link in re.findall(
+        r"\]\(([\w./-]+\.ipynb)\)", "\n".join(text(c["source"]) for c in cells(path, "markdown"))
+    ):
         assert (path.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("path", [f for f in CHAPTERS if f.name >= "10"], ids=lambda f: f.name)
 def test_ends_with_the_next_notebook(path):
     """From 10 on the notebooks are read in the order of their names; the last leads back to the first."""
-    following = dict(zip(CHAPTERS, [*CHAPTERS[1:], CHAPTERS[0]]))[path]
+    following = dict(zip(CHAPTERS, [*CHAPTERS[1:], CHAPTERS[0]], strict=False))[path]
     assert re.search(rf"^Next: \[[^\]]+\]\({following.name}\)", text(cells(path)[-1]["source"]), re.M)
 
 
@@ -166,13 +186,21 @@ def test_first_uses_lead_to_the_glossary():
     assert entries and all(re.fullmatch("[a-z]+([ -][a-z]+)*", term) for term in entries)
     for meaning in entries.values():
         assert re.search(r"Defined in \[\w+\]\(\w+\.ipynb\)\.$", meaning), meaning
-    linked = [anchor for path in CHAPTERS if path.name < "11" for anchor in re.findall(r"\]\(glossary\.ipynb#([^)]*)\)", prose(path))]
+    linked = [
+        anchor
+        for path in CHAPTERS
+        if path.name < "11"
+        for anchor in re.findall(r"\]\(glossary\.ipynb#([^)]*)\)", prose(path))
+    ]
     assert sorted(linked) == sorted(term.replace(" ", "-") for term in entries)
-    everywhere = [anchor for path in NOTEBOOKS for anchor in re.findall(r"glossary\.ipynb#([^)]*)\)", prose(path))]
+    everywhere = [
+        anchor for path in NOTEBOOKS for anchor in re.findall(r"glossary\.ipynb#([^)]*)\)", prose(path))
+    ]
     assert set(everywhere) <= set(linked)
 
 
 # ---- what is stored ----
+
 
 @each_notebook
 def test_is_small(path):
@@ -214,7 +242,9 @@ def test_names_no_path_of_a_machine(path):
 @each_notebook
 def test_checked_cells_have_output_to_compare(path):
     """nbval passes a cell tagged nbval-check-output that stores nothing, without comparing anything."""
-    bare = [text(c["source"]) for c in cells(path, "code") if "nbval-check-output" in tags(c) and not c["outputs"]]
+    bare = [
+        text(c["source"]) for c in cells(path, "code") if "nbval-check-output" in tags(c) and not c["outputs"]
+    ]
     assert not bare
 
 
@@ -222,14 +252,25 @@ def test_checked_cells_have_output_to_compare(path):
 def test_is_clean(path):
     """As nbdev_clean leaves it: no execution counts, no cell metadata but tags, alternative texts and slides, an id for each cell."""
     for cell in cells(path):
-        assert cell.get("execution_count") is None and cell["id"] and set(cell["metadata"]) <= {"tags", "hide_input", "alt", "slideshow"}
+        assert (
+            cell.get("execution_count") is None
+            and cell["id"]
+            and set(cell["metadata"]) <= {"tags", "hide_input", "alt", "slideshow"}
+        )
 
 
 # ---- README, Makefile, requirements ----
 
+
 def test_readme_commands_exist():
-    commands = re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(
-        re.findall(r"`[^`\n]+`|^```.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)))
+    commands = re.findall(
+        r"\bmake ([a-z][a-z-]*)",
+        "\n".join(
+            re.findall(
+                r"`[^`\n]+`|^```.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+            )
+        ),
+    )
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert {"quickstart", "test"} <= set(commands)
     assert set(commands) <= set(targets)
@@ -238,17 +279,29 @@ def test_readme_commands_exist():
 README_TABLES = [
     ("tiny", "people", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "acc_retain", "epochs"]),
     ("tiny", "pile0", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "epochs"]),
-    ("gpu", "pile", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "ppl_pile", "epochs"])]
+    ("gpu", "pile", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "ppl_pile", "epochs"]),
+]
 
 
 def main_table(profile, data, columns):
     """The rows of README's table: methods by what held-out texts pay, a number per column."""
     rows = pool_draws(pd.read_csv(ROOT / "figures/data/main_table.csv").query("profile == @profile"))
     rows = rows[rows.data == data]
-    means = summarize(rows, columns, ["label"]).pivot(index="label", columns="column", values="mean").sort_values("ppl_heldout")
-    few = [label for label in means.index if label != "original" and not rows[rows.label == label].reached.all()]
+    means = (
+        summarize(rows, columns, ["label"])
+        .pivot(index="label", columns="column", values="mean")
+        .sort_values("ppl_heldout")
+    )
+    few = [
+        label for label in means.index if label != "original" and not rows[rows.label == label].reached.all()
+    ]
     form = {"ma": "{:.2f}", "acc_retain": "{:.2f}", "epochs": "{:.0f}"}
-    return [f"| {label}{' *' if label in few else ''} | " + " | ".join(form.get(c, "{:,.3g}" if row[c] < 100 else "{:,.0f}").format(row[c]) for c in columns) + " |" for label, row in means.iterrows()]
+    return [
+        f"| {label}{' *' if label in few else ''} | "
+        + " | ".join(form.get(c, "{:,.3g}" if row[c] < 100 else "{:,.0f}").format(row[c]) for c in columns)
+        + " |"
+        for label, row in means.iterrows()
+    ]
 
 
 @pytest.mark.parametrize("profile, data, columns", README_TABLES)
@@ -258,21 +311,44 @@ def test_readme_shows_the_main_table_as_it_is_stored(profile, data, columns):
 
 def test_readme_says_how_long_the_tiny_rows_took():
     """Runs that several experiments share were made once, and so was each original."""
-    rows = pd.concat([pd.read_csv(ROOT / f"figures/data/{name}.csv") for name in EXPERIMENTS if (ROOT / f"figures/data/{name}.csv").exists()])
+    rows = pd.concat(
+        [
+            pd.read_csv(ROOT / f"figures/data/{name}.csv")
+            for name in EXPERIMENTS
+            if (ROOT / f"figures/data/{name}.csv").exists()
+        ]
+    )
     rows = rows[rows.profile == "tiny"].drop_duplicates("key")
-    seconds = rows[["seconds_train", "seconds_check", "seconds_evaluate"]].sum().sum() + rows.groupby(["data", "model", "seed"]).seconds_prepare.max().sum()
-    assert f"{seconds/3600:.1f} hours of one thread" in (ROOT / "README.md").read_text(encoding="utf-8")
+    seconds = (
+        rows[["seconds_train", "seconds_check", "seconds_evaluate"]].sum().sum()
+        + rows.groupby(["data", "model", "seed"]).seconds_prepare.max().sum()
+    )
+    assert f"{seconds / 3600:.1f} hours of one thread" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_readme_says_of_attackers_stands_in_the_rows():
-    readme, rows = (ROOT / "README.md").read_text(encoding="utf-8"), pd.read_csv(ROOT / "figures/data/audit.csv")
+    readme, rows = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        pd.read_csv(ROOT / "figures/data/audit.csv"),
+    )
     mean = rows.groupby(["metric", "model"]).value.mean().map("{:.2f}".format)
     auc, back = mean["AUC loss"], mean["some forget texts: MA"]
     assert auc["gradient ascent"] == auc["NPO"] and back["gradient ascent"] == back["NPO"]
-    assert f"is {auc['ICU']} after ICU and {auc['NPO']} after gradient ascent and NPO (a second retraining: {auc['retrained']})" in readme
-    assert f"back to {back['ICU']} after ICU, and to {back['NPO']} after the other two (retrained: {back['retrained']})" in readme
-    of = rows.pivot_table(index=["model", "seed"], columns="metric", values="value").loc[["ICU", "gradient ascent", "NPO"]]
-    assert of.filter(like=": verbatim").to_numpy().max() == 0 and max((of[f"int{bits}: MA"] - of.MA).abs().max() for bits in (8, 4)) < 0.02
+    assert (
+        f"is {auc['ICU']} after ICU and {auc['NPO']} after gradient ascent and NPO (a second retraining: {auc['retrained']})"
+        in readme
+    )
+    assert (
+        f"back to {back['ICU']} after ICU, and to {back['NPO']} after the other two (retrained: {back['retrained']})"
+        in readme
+    )
+    of = rows.pivot_table(index=["model", "seed"], columns="metric", values="value").loc[
+        ["ICU", "gradient ascent", "NPO"]
+    ]
+    assert (
+        of.filter(like=": verbatim").to_numpy().max() == 0
+        and max((of[f"int{bits}: MA"] - of.MA).abs().max() for bits in (8, 4)) < 0.02
+    )
 
 
 def lock():

@@ -1,21 +1,29 @@
 """What readers need of a notebook: figures in words, an ending that asks them something, references that can be found."""
+
 import re
 from collections import Counter
 
 import IPython.display
 import matplotlib.pyplot as plt
 import pytest
-
-from icu_nb import plots
 from test_project import CHAPTERS, ROOT, cells, each_notebook, text
 
-each_lesson = pytest.mark.parametrize("path", [f for f in CHAPTERS if f.name[0].isdigit()], ids=lambda f: f.name)
+from icu_nb import plots
+
+each_lesson = pytest.mark.parametrize(
+    "path", [f for f in CHAPTERS if f.name[0].isdigit()], ids=lambda f: f.name
+)
 
 
 def alternatives(path):
     """The alternative text of each stored picture: of the output, as show_figure writes it, or of its cell."""
-    return [(cell["id"], output["metadata"].get(kind, {}).get("alt") or cell["metadata"].get("alt", ""))
-            for cell in cells(path, "code") for output in cell["outputs"] for kind in output.get("data", {}) if kind.startswith("image/")]
+    return [
+        (cell["id"], output["metadata"].get(kind, {}).get("alt") or cell["metadata"].get("alt", ""))
+        for cell in cells(path, "code")
+        for output in cell["outputs"]
+        for kind in output.get("data", {})
+        if kind.startswith("image/")
+    ]
 
 
 @each_notebook
@@ -31,24 +39,33 @@ def test_no_words_without_a_figure(path):
 
 def test_no_two_figures_are_told_alike():
     """Words written by hand: what a picture says of itself may come twice, as the picture may."""
-    told = Counter(c["metadata"]["alt"] for path in CHAPTERS for c in cells(path, "code") if "alt" in c["metadata"])
+    told = Counter(
+        c["metadata"]["alt"] for path in CHAPTERS for c in cells(path, "code") if "alt" in c["metadata"]
+    )
     assert not [words for words, times in told.items() if times > 1]
 
 
 def test_images_in_markdown_have_words():
-    pages = [(ROOT / "README.md").read_text(encoding="utf-8"), *(text(c["source"]) for path in CHAPTERS for c in cells(path, "markdown"))]
+    pages = [
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        *(text(c["source"]) for path in CHAPTERS for c in cells(path, "markdown")),
+    ]
     images = [image for page in pages for image in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page)]
     assert len([address for _, address in images if address.startswith("figures/")]) >= 3
-    assert not [address for words, address in images if len(words.split()) < (3 if "badge" in address else 10)]
+    assert not [
+        address for words, address in images if len(words.split()) < (3 if "badge" in address else 10)
+    ]
     assert not [page for page in pages if "<img" in page]  # nobody would look for its words here
 
 
 def test_a_figure_on_the_page_is_one_picture_with_its_words(monkeypatch):
     shown = []
     monkeypatch.setattr(plt, "get_backend", lambda: "module://matplotlib_inline.backend_inline")
-    monkeypatch.setattr(IPython.display, "display", lambda fig, metadata: shown.append((plots.alt_text(fig), metadata)))
+    monkeypatch.setattr(
+        IPython.display, "display", lambda fig, metadata: shown.append((plots.alt_text(fig), metadata))
+    )
     plots.show_figure("framework")
-    (words, metadata), = shown
+    ((words, metadata),) = shown
     assert len(words) > 100 and metadata == {"image/png": {"alt": words}}
     assert not plt.get_fignums()  # what is still open when a cell ends is shown again
 
@@ -60,9 +77,14 @@ def ending(path):
 
 @each_lesson
 def test_ends_with_one_question_exercises_references_and_the_next(path):
-    marks = [r"^\*\*You should now be able to answer:\*\* .*\?$", r"^## Exercises$", r"^## References$", r"^Next: \["]
+    marks = [
+        r"^\*\*You should now be able to answer:\*\* .*\?$",
+        r"^## Exercises$",
+        r"^## References$",
+        r"^Next: \[",
+    ]
     places = [[found.start() for found in re.finditer(mark, ending(path), re.M)] for mark in marks]
-    assert [len(place) for place in places] == [1]*4 and places == sorted(places)
+    assert [len(place) for place in places] == [1] * 4 and places == sorted(places)
 
 
 @each_lesson
@@ -73,8 +95,14 @@ def test_references_can_be_found(path):
     assert entries and all(line.startswith("- ") and "](https://" in line for line in entries), entries
     for line in entries:
         title = r"(?<![\w*])\*(?=\S)[^*]+\*(?![\w*])"
-        assert all("](https://" in part for part in re.split(title, line)[1:]) or re.search(rf"\[{title}\]\(https://", line), line
+        assert all("](https://" in part for part in re.split(title, line)[1:]) or re.search(
+            rf"\[{title}\]\(https://", line
+        ), line
         for words, address in re.findall(r"\[([^\]]+)\]\((https://(?:arxiv|doi)\.org/[^)]+)\)", line):
             kind, number = re.fullmatch(r"https://(arxiv\.org/abs|doi\.org)/(.+)", address).groups()
-            assert words in ((f"arXiv {number}", number) if kind.startswith("arxiv") else (f"doi {number}",)), line
-            assert re.fullmatch(r"\d{4}\.\d{4,5}" if kind.startswith("arxiv") else r"10\.\d{4,5}/\S+", number), line
+            assert words in (
+                (f"arXiv {number}", number) if kind.startswith("arxiv") else (f"doi {number}",)
+            ), line
+            assert re.fullmatch(
+                r"\d{4}\.\d{4,5}" if kind.startswith("arxiv") else r"10\.\d{4,5}/\S+", number
+            ), line

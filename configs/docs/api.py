@@ -1,4 +1,5 @@
 """API pages from the library's source: signatures, docstrings, and the comment beside each parameter. Nothing is imported, so no torch is needed."""
+
 import ast
 import io
 import re
@@ -9,7 +10,9 @@ import tokenize
 def prose(text):
     """A docstring or comment is plain text with code in backticks."""
     parts = re.split(r"(`+[^`]+`+)", " ".join(text.split()))
-    return "".join(part if i % 2 else re.sub(r"([\\*_<$\[\]|])", r"\\\1", part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else re.sub(r"([\\*_<$\[\]|])", r"\\\1", part) for i, part in enumerate(parts)
+    )
 
 
 def code(text):
@@ -26,8 +29,11 @@ def parameters(function):
     """Name, annotation, default and last line of each parameter; the bare star is left to the signature."""
     args = function.args
     plain = args.posonlyargs + args.args
-    defaults = [None]*(len(plain) - len(args.defaults)) + args.defaults
-    for arg, default in [*zip(plain, defaults), *zip(args.kwonlyargs, args.kw_defaults)]:
+    defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
+    for arg, default in [
+        *zip(plain, defaults, strict=False),
+        *zip(args.kwonlyargs, args.kw_defaults, strict=False),
+    ]:
         if arg.arg not in ("self", "cls"):
             yield arg.arg, arg.annotation, default, (default or arg).end_lineno
     for star, arg in [("*", args.vararg), ("**", args.kwarg)]:
@@ -41,15 +47,36 @@ def fields(cls):
     if init:
         yield from parameters(init)
     else:
-        yield from ((n.target.id, n.annotation, n.value, n.end_lineno) for n in cls.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation))
+        yield from (
+            (n.target.id, n.annotation, n.value, n.end_lineno)
+            for n in cls.body
+            if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)
+        )
 
 
 def described(entries, returns, comments):
     """A table with a row per parameter, and one for what comes back."""
-    rows = [(code(name), code(kind and ast.unparse(kind)), code(default and ast.unparse(default)), prose(comments.get(line, ""))) for name, kind, default, line in entries]
+    rows = [
+        (
+            code(name),
+            code(kind and ast.unparse(kind)),
+            code(default and ast.unparse(default)),
+            prose(comments.get(line, "")),
+        )
+        for name, kind, default, line in entries
+    ]
     if returns and returns.end_lineno in comments:
         rows.append(("*returns*", code(ast.unparse(returns)), "", prose(comments[returns.end_lineno])))
-    return ["| parameter | type | default | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows), ""] if rows else []
+    return (
+        [
+            "| parameter | type | default | |",
+            "|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+        ]
+        if rows
+        else []
+    )
 
 
 def returns_of(node):
@@ -58,13 +85,18 @@ def returns_of(node):
 
 def signature(name, node):
     """As one calls it, without types."""
-    if isinstance(node, ast.FunctionDef) and any(ast.unparse(one).endswith("property") for one in node.decorator_list):
+    if isinstance(node, ast.FunctionDef) and any(
+        ast.unparse(one).endswith("property") for one in node.decorator_list
+    ):
         return "\n".join(["```python", f"{name}{returns_of(node)}", "```"])
     if isinstance(node, ast.FunctionDef):
         inner = re.sub(r"^(self|cls)(, |$)", "", ast.unparse(untyped(node.args)))
         returns = returns_of(node)
     else:
-        inner, returns = ", ".join(f"{n}={ast.unparse(default)}" if default else n for n, _, default, _ in fields(node)), ""
+        inner, returns = (
+            ", ".join(f"{n}={ast.unparse(default)}" if default else n for n, _, default, _ in fields(node)),
+            "",
+        )
     lines = textwrap.wrap(f"{name}({inner}){returns}", 88, subsequent_indent="    ", break_long_words=False)
     return "\n".join(["```python", *lines, "```"])
 
@@ -81,10 +113,21 @@ def untyped(args):
 def entry(node, comments, level, prefix=""):
     """A function or class as Markdown; of a class also its public methods."""
     name, cls = prefix + node.name, isinstance(node, ast.ClassDef)
-    lines = [f"{'#'*level} {node.name}", "", signature(name, node), "", prose(ast.get_docstring(node) or ""), ""]
+    lines = [
+        f"{'#' * level} {node.name}",
+        "",
+        signature(name, node),
+        "",
+        prose(ast.get_docstring(node) or ""),
+        "",
+    ]
     lines += described(fields(node) if cls else parameters(node), None if cls else node.returns, comments)
     for method in node.body if cls else []:
-        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
+        if (
+            isinstance(method, ast.FunctionDef)
+            and not method.name.startswith("_")
+            and ast.get_docstring(method)
+        ):
             lines += entry(method, comments, level + 1, f"{node.name}.")
     return lines
 
@@ -92,8 +135,22 @@ def entry(node, comments, level, prefix=""):
 def page(name, source, notebook):
     """The page of a module: what `__all__` names, in the order of the source."""
     tree, comments = ast.parse(source), comments_of(source)
-    public = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"), [])
-    lines = [f"# icu_nb.{name}", "", prose(ast.get_docstring(tree) or ""), "", f"Made in [{notebook.stem}](../nbs/{notebook.name}), which explains it and shows it at work.", ""]
+    public = next(
+        (
+            ast.literal_eval(n.value)
+            for n in tree.body
+            if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+        ),
+        [],
+    )
+    lines = [
+        f"# icu_nb.{name}",
+        "",
+        prose(ast.get_docstring(tree) or ""),
+        "",
+        f"Made in [{notebook.stem}](../nbs/{notebook.name}), which explains it and shows it at work.",
+        "",
+    ]
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public:
             lines += entry(node, comments, 2)

@@ -1,4 +1,5 @@
 """The site: what the notebooks say and store, nothing executed, and no page asks another host for anything (make docs)."""
+
 import json
 import re
 import sys
@@ -16,35 +17,61 @@ COLAB = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]")
 
 # ---- pages: the landing page, every notebook, and one for each module ----
 
+
 def page_of(notebook):
     """A notebook without its first code cell, which prepares Colab, without nbdev's directives, and without a badge from another host."""
     book = json.loads(notebook.read_text(encoding="utf-8"))
     first = next(i for i, c in enumerate(book["cells"]) if c["cell_type"] == "code")
-    cells = book["cells"][:first] + book["cells"][first + 1:]
+    cells = book["cells"][:first] + book["cells"][first + 1 :]
     for cell in cells:
         source = COLAB.sub("[Open in Colab]", "".join(cell["source"]))
-        alts = [*(o.get("metadata", {}).get("image/png", {}).get("alt") for o in cell.get("outputs", [])), cell["metadata"].get("alt")]
+        alts = [
+            *(o.get("metadata", {}).get("image/png", {}).get("alt") for o in cell.get("outputs", [])),
+            cell["metadata"].get("alt"),
+        ]
         if alt := next(filter(None, alts), None):
             cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
-        cell["source"] = re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M) if cell["cell_type"] == "code" else source
+        cell["source"] = (
+            re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M) if cell["cell_type"] == "code" else source
+        )
     return {**book, "cells": [c for c in cells if c["cell_type"] != "code" or c["source"].strip()]}
 
 
 def modules():
     """Every module of the library with the notebook that makes it, in reading order."""
-    made = [(re.search(r"default_exp\s+(\w+)", f.read_text(encoding="utf-8")), f) for f in sorted((ROOT / "nbs").glob("*.ipynb"))]
+    made = [
+        (re.search(r"default_exp\s+(\w+)", f.read_text(encoding="utf-8")), f)
+        for f in sorted((ROOT / "nbs").glob("*.ipynb"))
+    ]
     return [(found[1], f) for found, f in made if found]
 
 
 def pages():
     """Path -> content of every page and figure of the site."""
-    course = [f"nbs/course/{path.stem}" for path in sorted((ROOT / "nbs/course").glob("*.ipynb")) if path.stem != "syllabus"]
-    yield "index.md", (HERE / "index.md").read_text(encoding="utf-8").replace("nbs/course/others", "\n".join(course)).encode()
+    course = [
+        f"nbs/course/{path.stem}"
+        for path in sorted((ROOT / "nbs/course").glob("*.ipynb"))
+        if path.stem != "syllabus"
+    ]
+    yield (
+        "index.md",
+        (HERE / "index.md")
+        .read_text(encoding="utf-8")
+        .replace("nbs/course/others", "\n".join(course))
+        .encode(),
+    )
     for figure in (ROOT / "figures").glob("*.*"):
         yield f"figures/{figure.name}", figure.read_bytes()
     for notebook in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/course").glob("*.ipynb")]:
         yield notebook.relative_to(ROOT).as_posix(), json.dumps(page_of(notebook)).encode()
-    lines = ["# API reference", "", "What the library offers, a page for each module, in the order in which the modules build on each other.", "", "| module | what it is for |", "|---|---|"]
+    lines = [
+        "# API reference",
+        "",
+        "What the library offers, a page for each module, in the order in which the modules build on each other.",
+        "",
+        "| module | what it is for |",
+        "|---|---|",
+    ]
     for name, notebook in modules():
         page = api.page(name, (ROOT / f"icu_nb/{name}.py").read_text(encoding="utf-8"), notebook)
         lines.append(f"| [{name}](api/{name}.md) | {page.splitlines()[2]} |")
@@ -68,10 +95,12 @@ write_pages()
 
 # ---- formulas ----
 
+
 def formula(display):
     def visit(self, node):
         self.body.append(mathml(node.astext(), display))
         raise nodes.SkipNode
+
     return visit
 
 

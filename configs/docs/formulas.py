@@ -1,9 +1,13 @@
 """Formulas as MathML, which browsers set by themselves: no script, no network, and the same for site and slides."""
+
 import re
 
 from latex2mathml.converter import convert
 
-MEND = [(r"\\arg\s*\\max", r"\\mathrm{arg\\,max}"), (r"(?:\\[bB]ig)?\\\|", "‖")]  # what the converter does not know
+MEND = [
+    (r"\\arg\s*\\max", r"\\mathrm{arg\\,max}"),
+    (r"(?:\\[bB]ig)?\\\|", "‖"),
+]  # what the converter does not know
 
 
 def mathml(latex, display=False):
@@ -14,5 +18,7 @@ def mathml(latex, display=False):
     made = [convert(part.strip(), display="block" if display else "inline") for part in parts]
     left = re.search(r"\\\w*", re.sub("<[^>]*>", "", "".join(made)))
     if left:
-        raise ValueError(f"{left[0]} cannot be set in {latex!r}: use another command, or mend it in {__file__}")
+        raise ValueError(
+            f"{left[0]} cannot be set in {latex!r}: use another command, or mend it in {__file__}"
+        )
     return "".join(f'<div class="formula">{one}</div>' for one in made) if display else made[0]

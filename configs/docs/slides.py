@@ -4,6 +4,7 @@ In JupyterLab a cell gets its place under "Slide Type": *slide* begins a slide, 
 A slide holds what can be read from the last row: of prose the first sentences, of code at most 14 lines; the rest is in the speaker's notes (key S).
 One HTML file per session, with everything in it: it opens without a network.
 """
+
 import html
 import json
 import math
@@ -12,30 +13,45 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from formulas import mathml
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from formulas import mathml
-
 ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
-REVEAL = Path(find_spec("sphinx_revealjs").origin).parent / "_static/revealjs"  # the package that ships reveal.js
+REVEAL = (
+    Path(find_spec("sphinx_revealjs").origin).parent / "_static/revealjs"
+)  # the package that ships reveal.js
 SESSIONS = {
     "What a model remembers": ["00_quickstart", "01_data", "02_models", "03_metrics"],
     "The loss": ["04_kui", "05_cle", "05a_objective"],
     "The loop and its rivals": ["06_iur", "07_unlearn", "08_baselines"],
     "Is it gone?": ["09_utility", "09b_extraction", "09c_membership", "10_privacy"],
 }
-WIDTH, CODE_LINES, ALL_LINES, WORDS = 86, 14, 17, 60  # what fits: characters in a line of code, lines of code, and with their output, words of prose
+WIDTH, CODE_LINES, ALL_LINES, WORDS = (
+    86,
+    14,
+    17,
+    60,
+)  # what fits: characters in a line of code, lines of code, and with their output, words of prose
 
-MARKDOWN = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin, renderer=lambda text, options: mathml(text, options["display_mode"]))
-HEADING, MARK, WHOLE = re.compile(r"#+ |\*\*(?:Exercises|References)"), re.compile(r"^(?:[-*]|\d+\.) ", re.M), re.compile(r"[|>]|\$\$|```")
+MARKDOWN = (
+    MarkdownIt("commonmark")
+    .enable("table")
+    .use(dollarmath_plugin, renderer=lambda text, options: mathml(text, options["display_mode"]))
+)
+HEADING, MARK, WHOLE = (
+    re.compile(r"#+ |\*\*(?:Exercises|References)"),
+    re.compile(r"^(?:[-*]|\d+\.) ", re.M),
+    re.compile(r"[|>]|\$\$|```"),
+)
 SENTENCES = re.compile(r"(?<=[.!?:])(?<!al\.)(\**)\s+(?=[A-Z*`\"])")
 
 
 # ---- prose: what is said on the slide, and what the speaker says ----
+
 
 def first_sentences(paragraph, words=WORDS):
     """The leading sentences that fit (one at least), and the rest."""
@@ -49,13 +65,15 @@ def shortened(text, kind):
     """A cell's Markdown as (on the slide, for the speaker). A slide takes the part from the cell's first heading to the next one, a fragment what stands before any heading."""
     text = re.sub(r"\[!\[.*?\]\(.*?\)\]\(.*?\)", "", text)  # badges
     text = re.sub(r"\[([^\]]+)\]\([\w./#-]+\.ipynb[^)]*\)", r"\1", text)  # other notebooks are not at hand
-    text = re.sub(r"(?m)^(?!(?:[-*]|\d+\.) |\s)(.+)\n(?=(?:[-*]|\d+\.) )", r"\1\n\n", text)  # a list is a block of its own
+    text = re.sub(
+        r"(?m)^(?!(?:[-*]|\d+\.) |\s)(.+)\n(?=(?:[-*]|\d+\.) )", r"\1\n\n", text
+    )  # a list is a block of its own
     blocks = [block for block in re.split(r"\n\s*\n", text.strip()) if block.strip()]
     at = [i for i, block in enumerate(blocks) if HEADING.match(block)]
     if kind == "slide" and at:
-        blocks = blocks[at[0]:at[1] if len(at) > 1 else None]
+        blocks = blocks[at[0] : at[1] if len(at) > 1 else None]
     elif at:
-        blocks = blocks[:at[0]]
+        blocks = blocks[: at[0]]
     shown, said, prose, listed = [], [], 0, False
     for block in blocks:
         if HEADING.match(block) or WHOLE.match(block):
@@ -63,10 +81,10 @@ def shortened(text, kind):
         elif MARK.match(block):
             marks, items = MARK.findall(block), [" ".join(item.split()) for item in MARK.split(block)[1:]]
             halves = [first_sentences(item, 30) for item in items]
-            shown.append("\n".join(mark + head for mark, (head, _) in zip(marks, halves)))
+            shown.append("\n".join(mark + head for mark, (head, _) in zip(marks, halves, strict=False)))
             said, listed = said + [rest for _, rest in halves], True
         else:  # below the list of a title stands what has to be read before
-            full = prose >= WORDS*2//3 or listed and blocks[0].startswith("# ")
+            full = prose >= WORDS * 2 // 3 or (listed and blocks[0].startswith("# "))
             head, rest = ("", block) if full else first_sentences(block, WORDS - prose)
             prose += len(head.split())
             shown, said = [*shown, head], [*said, rest]
@@ -75,36 +93,56 @@ def shortened(text, kind):
 
 # ---- code and outputs ----
 
+
 def lines_of(text):
-    return sum(max(1, math.ceil(len(line)/WIDTH)) for line in text.rstrip().splitlines())
+    return sum(max(1, math.ceil(len(line) / WIDTH)) for line in text.rstrip().splitlines())
 
 
 def printed(outputs):
-    return "\n".join("".join(o.get("text") or o.get("data", {}).get("text/plain", "")).rstrip() for o in outputs if not {"image/png", "text/html"} & o.get("data", {}).keys())
+    return "\n".join(
+        "".join(o.get("text") or o.get("data", {}).get("text/plain", "")).rstrip()
+        for o in outputs
+        if not {"image/png", "text/html"} & o.get("data", {}).keys()
+    )
 
 
 def code_of(cell):
     """The source, if it can be read from the last row; what a picture was drawn with is not shown."""
     source = re.sub(r"^#\s*\|.*\n?", "", "".join(cell["source"]), flags=re.M).strip("\n")
-    drawn = any({"image/png", "text/html"} & o.get("data", {}).keys() and lines_of(source) > 5 for o in cell["outputs"])
-    fits = lines_of(source) <= CODE_LINES and lines_of(source) + lines_of(printed(cell["outputs"])) <= ALL_LINES
+    drawn = any(
+        {"image/png", "text/html"} & o.get("data", {}).keys() and lines_of(source) > 5
+        for o in cell["outputs"]
+    )
+    fits = (
+        lines_of(source) <= CODE_LINES and lines_of(source) + lines_of(printed(cell["outputs"])) <= ALL_LINES
+    )
     return "" if drawn or not fits else highlight(source, PythonLexer(), HtmlFormatter(cssclass="code"))
 
 
 def outputs_of(cell, title):
-    said, drawn = printed(cell["outputs"]).strip("\n"), any("image/png" in o.get("data", {}) for o in cell["outputs"])
-    parts = [f"<pre class='said'>{html.escape(said)}</pre>"] if said and not drawn else []  # a picture needs the room
+    said, drawn = (
+        printed(cell["outputs"]).strip("\n"),
+        any("image/png" in o.get("data", {}) for o in cell["outputs"]),
+    )
+    parts = (
+        [f"<pre class='said'>{html.escape(said)}</pre>"] if said and not drawn else []
+    )  # a picture needs the room
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
             alt = output["metadata"].get("image/png", {}).get("alt") or cell["metadata"].get("alt", title)
-            parts.append(f"<div class='figure'><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{''.join(data['image/png']).strip()}'></div>")
+            parts.append(
+                f"<div class='figure'><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{''.join(data['image/png']).strip()}'></div>"
+            )
         elif "text/html" in data:
-            parts.append(re.sub(r"<style.*?</style>|border=\"1\"", "", "".join(data["text/html"]), flags=re.S))
+            parts.append(
+                re.sub(r"<style.*?</style>|border=\"1\"", "", "".join(data["text/html"]), flags=re.S)
+            )
     return "".join(parts)
 
 
 # ---- slides ----
+
 
 def slides_of(notebook):
     """The slides of one notebook, each a list of HTML parts with its notes."""
@@ -126,16 +164,28 @@ def slides_of(notebook):
             slides[-1][0].append(body if kind == "slide" else f"<div class='fragment'>{body}</div>")
             slides[-1][1].append(notes)
         title = headings[-1] if headings else title
-    return ["<section>" + "".join(parts) + f"<aside class='notes'>{MARKDOWN.render(chr(10).join(notes))}</aside><footer>{notebook.stem}</footer></section>" for parts, notes in slides]
+    return [
+        "<section>"
+        + "".join(parts)
+        + f"<aside class='notes'>{MARKDOWN.render(chr(10).join(notes))}</aside><footer>{notebook.stem}</footer></section>"
+        for parts, notes in slides
+    ]
 
 
 def deck(number, title, notebooks):
     """One session as a single HTML file."""
     read = lambda path: path.read_text(encoding="utf-8").replace("</script", "<\\/script")
     opening = f"<section class='opening'><p>icu_nb · session {number} of {len(SESSIONS)}</p><h1>{title}</h1><p>{' · '.join(notebooks)}</p></section>"
-    slides = "\n".join([opening, *(slide for name in notebooks for slide in slides_of(ROOT / f"nbs/{name}.ipynb"))])
-    style = "\n".join([(REVEAL / "dist/reveal.css").read_text(encoding="utf-8"),
-                       HtmlFormatter(cssclass="code").get_style_defs(".reveal"), (HERE / "slides.css").read_text(encoding="utf-8")])
+    slides = "\n".join(
+        [opening, *(slide for name in notebooks for slide in slides_of(ROOT / f"nbs/{name}.ipynb"))]
+    )
+    style = "\n".join(
+        [
+            (REVEAL / "dist/reveal.css").read_text(encoding="utf-8"),
+            HtmlFormatter(cssclass="code").get_style_defs(".reveal"),
+            (HERE / "slides.css").read_text(encoding="utf-8"),
+        ]
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{number} · {title} · icu_nb</title><style>{style}</style></head>
@@ -154,4 +204,6 @@ folder.mkdir(parents=True, exist_ok=True)
 for number, (title, notebooks) in enumerate(SESSIONS.items(), 1):
     path = folder / f"session_{number}.html"
     path.write_text(deck(number, title, notebooks), encoding="utf-8")
-    print(f"{path}: {path.read_text(encoding='utf-8').count('<section')} slides, {path.stat().st_size/1e6:.1f} MB")
+    print(
+        f"{path}: {path.read_text(encoding='utf-8').count('<section')} slides, {path.stat().st_size / 1e6:.1f} MB"
+    )
