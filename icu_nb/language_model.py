@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['without_adapter', 'token_losses', 'mean_token_nll', 'weights_digest', 'evaluating', 'context_length',
-           'halving_batches', 'OwnLength', 'continuations']
+           'halving_batches', 'OwnLength', 'generate_continuations']
 
 # %% ../nbs/library/language_model.ipynb #fba9533d
 import functools
@@ -126,7 +126,7 @@ class OwnLength(StoppingCriteria):
 # %% ../nbs/library/language_model.ipynb #295b4aec
 @halving_batches
 @torch.no_grad()
-def continuations(
+def generate_continuations(
     model,  # a causal LM
     prompts: list[list[int]],  # the tokens to continue
     lengths: list[int],  # how many tokens each continuation gets

@@ -133,7 +133,7 @@ class ICU:
 
     alpha: float = 0.5  # weight of L_lrn
     beta: float = 1.0  # weight of L_kl
-    remembers: ClassVar = ("neighbor",)  # the parts about which the original model is asked
+    needs_reference: ClassVar = ("neighbor",)  # the parts about which the original model is asked
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return token_terms(
@@ -151,4 +151,4 @@ def gradient_ascent(model, batch: Batch, reference: OriginalModel) -> dict[str, 
     return token_terms(model, batch, reference, l_fgt=Term("forget", "nll", -1.0))
 
 
-gradient_ascent.remembers = ()  # the original model is asked nothing
+gradient_ascent.needs_reference = ()  # the original model is asked nothing

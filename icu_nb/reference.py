@@ -88,7 +88,7 @@ class OriginalModel:
             self.way != "hidden states",
             "reference",
             "only the hidden states of known sequences are kept",
-            'Put "anything" into the objective\'s `remembers`',
+            'Put "anything" into the objective\'s `needs_reference`',
         )
         if self.whole is not None:
             return question(self.whole, sequences)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .checkpoint import Checkpoints, restore_training, training_state
 from .config import ICUConfig
 from .errors import ICUError, NonFinite, require
-from .iur import Thresholds, check
+from .iur import Thresholds, score_forget_set
 from .metrics import extraction_likelihood, memorization_accuracy
 from .models.memory import fuse_activations, recompute_layers
 from .pairs import Task
@@ -212,7 +212,7 @@ def check_all(
     scorer=None,  # a `BERTScorer`
 ) -> pd.DataFrame:  # from `iur.check`
     "IUR's look at every sequence, in the arithmetic of the run."
-    look = lambda sequences, rows: check(
+    look = lambda sequences, rows: score_forget_set(
         run.core, tokenizer, sequences, scorer=scorer, num_beams=run.config.num_beams, **run.options
     ).assign(id=rows.tolist())
     return pd.concat(ask_all(run, look)).sort_values("id", ignore_index=True)

@@ -27,14 +27,14 @@ _bleu = BLEU(smooth_method="none", lowercase=True, effective_order=False)
 
 
 def sentence_bleu(
-    continuations: list[str],  # what the model said
+    generate_continuations: list[str],  # what the model said
     references: list[str],  # what stands there
 ) -> np.ndarray:  # float array [n] in [0, 1]
     "BLEU-4 per sentence, lower case, unsmoothed: 0 unless some four words in a row are shared (sacrebleu)."
     return np.array(
         [
             _bleu.sentence_score(said, [truth]).score / 100
-            for said, truth in zip(continuations, references, strict=True)
+            for said, truth in zip(generate_continuations, references, strict=True)
         ]
     )
 
@@ -69,14 +69,14 @@ class BERTScorer:
 
     def __call__(
         self,
-        continuations: list[str],  # what the model said
+        generate_continuations: list[str],  # what the model said
         references: list[str],  # what stands there; their vectors are kept for the next call
     ) -> np.ndarray:  # float array [n]; 0 where one of the two is empty
         self.read([text for text in references if text.strip()])
         known = set(self.vectors)
-        self.read([text for text in continuations if text.strip()])
+        self.read([text for text in generate_continuations if text.strip()])
         # One pair at a time: torchmetrics 1.9 sorts a list by length and does not put it back in order.
-        scores = np.array([self.one(*pair) for pair in zip(continuations, references, strict=True)])
+        scores = np.array([self.one(*pair) for pair in zip(generate_continuations, references, strict=True)])
         self.vectors = {key: self.vectors[key] for key in known}
         return scores
 

@@ -22,7 +22,7 @@ from icu_nb.unlearn import unlearn
 class Watched:
     "An objective, with a note of whom this process trains."
 
-    remembers = ("neighbor",)
+    needs_reference = ("neighbor",)
 
     def __init__(self, inner, breaks=False):
         self.inner, self.breaks, self.visited = inner, breaks, []

@@ -13,7 +13,7 @@ from icu_nb import data
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
 from icu_nb.data.pile import pile_extraction
 from icu_nb.embedding import sentence_embedder
-from icu_nb.iur import Thresholds, check, select_published_rule, thresholds_met
+from icu_nb.iur import Thresholds, score_forget_set, select_published_rule, thresholds_met
 from icu_nb.kui import unlearning_loss
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy
 from icu_nb.models.rollouts import needed_rollouts
@@ -281,11 +281,11 @@ def test_7_padding_never_counts(tiny):
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_7_generation_does_not_see_padding(tiny, num_beams):
     rows = [row[:length] for row, length in zip(tiny.sequences.tokens(), (48, 40, 45), strict=False)]
-    together = check(
+    together = score_forget_set(
         tiny.model, tiny.tokenizer, pad(rows, tiny.tokenizer.pad_token_id, width=64), num_beams=num_beams
     )
     for i, row in enumerate(rows):
-        alone = check(tiny.model, tiny.tokenizer, pad([row]), num_beams=num_beams).iloc[0]
+        alone = score_forget_set(tiny.model, tiny.tokenizer, pad([row]), num_beams=num_beams).iloc[0]
         assert together["continuation"][i] == alone["continuation"] and together["bleu"][i] == pytest.approx(
             alone["bleu"]
         )

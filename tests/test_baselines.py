@@ -224,15 +224,15 @@ def test_the_original_is_asked_only_about_what_was_announced(name):
     parts = {"forget": work.forget, "neighbor": work.neighbors, "alternative": work.alternatives}
     reference = OriginalModel(
         model,
-        {part: parts[part] for part in parts if part in objective.remembers},
-        anything="anything" in objective.remembers,
+        {part: parts[part] for part in parts if part in objective.needs_reference},
+        anything="anything" in objective.needs_reference,
     )
     shake(model)
     assert all(
         torch.isfinite(value)
         for value in objective(model, work.batch(torch.tensor([2, 0]), "cpu"), reference).values()
     )
-    assert (reference.way == "not needed") == (objective.remembers == ())
+    assert (reference.way == "not needed") == (objective.needs_reference == ())
 
 
 # ---- values that are known ----

@@ -1,6 +1,7 @@
 """Every solution passes its checker, every wrong answer hears why, and nothing that a student hands in can break a notebook."""
 
 import ast
+import contextlib
 import copy
 import json
 import random
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 
 from icu_nb import exercises
 from icu_nb.course.exercises import EXERCISES, ask, outline, student_notebook
-import contextlib
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))

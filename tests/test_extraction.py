@@ -21,7 +21,7 @@ from icu_nb.evals.extraction import (
     strength,
 )
 from icu_nb.evals.utility import find_facts
-from icu_nb.language_model import continuations
+from icu_nb.language_model import generate_continuations
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.text import pad, prompt_suffix, tokenize
 
@@ -136,7 +136,7 @@ def test_greedy_extraction_one_by_one(tiny):
     table = extract(tiny.model, tiny.tokenizer, tiny.sequences, "shifted", batch_size=3)
     prompts, targets, gaps = attack_prompts(tiny.sequences, "shifted")
     for i, (prompt, target, gap) in enumerate(zip(prompts, targets, gaps, strict=False)):
-        (said,) = continuations(tiny.model, [prompt], [gap + len(target)], num_beams=1)
+        (said,) = generate_continuations(tiny.model, [prompt], [gap + len(target)], num_beams=1)
         assert table.continuation[i] == tiny.tokenizer.decode(said[gap:]) and table.verbatim[i] == (
             said[gap:] == target
         )

@@ -32,7 +32,7 @@ from icu_nb.embedding import cached_embedder, model_embedder
 from icu_nb.errors import InputError, NonFinite
 from icu_nb.iur import Thresholds
 from icu_nb.kui import unlearning_loss
-from icu_nb.language_model import continuations, evaluating, halving_batches
+from icu_nb.language_model import evaluating, generate_continuations, halving_batches
 from icu_nb.methods.registry import get_objective
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.models.head import chunk_length, head_losses, last_hidden_states, linear_head
@@ -439,7 +439,7 @@ def test_an_objective_may_ask_about_anything(tiny):
         )
         return gradient_ascent(model, batch, reference)
 
-    objective.remembers = ("anything",)
+    objective.needs_reference = ("anything",)
     unlearn(
         tiny.copy(),
         tiny.tokenizer,
@@ -715,7 +715,7 @@ def test_whatever_is_asked_of_a_model_is_halved_until_it_fits(tiny, monkeypatch)
     whole, widths = (
         (
             model_embedder(tiny.model, tiny.tokenizer, 8)(tiny.forget),
-            continuations(tiny.model, [row[:20] for row in tiny.sequences.tokens()], [8] * 8),
+            generate_continuations(tiny.model, [row[:20] for row in tiny.sequences.tokens()], [8] * 8),
         ),
         [],
     )
@@ -740,7 +740,7 @@ def test_whatever_is_asked_of_a_model_is_halved_until_it_fits(tiny, monkeypatch)
     )
     assert np.allclose(model_embedder(tiny.model, tiny.tokenizer, 8)(tiny.forget), whole[0], atol=1e-5)
     assert (
-        continuations(tiny.model, [row[:20] for row in tiny.sequences.tokens()], [8] * 8) == whole[1]
+        generate_continuations(tiny.model, [row[:20] for row in tiny.sequences.tokens()], [8] * 8) == whole[1]
         and max(widths) > 4
     )
     assert (

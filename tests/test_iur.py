@@ -22,13 +22,13 @@ from icu_nb.errors import InputError
 from icu_nb.iur import (
     Thresholds,
     calibrate_thresholds,
-    check,
     is_forgotten,
+    score_forget_set,
     select_icu,
     select_published_rule,
     thresholds_met,
 )
-from icu_nb.language_model import continuations
+from icu_nb.language_model import generate_continuations
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy
 from icu_nb.models.tiny import tiny_gpt_neo, train_tokenizer
 from icu_nb.text import prompt_suffix, tokenize
@@ -217,9 +217,9 @@ PROMPTS = [
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "opt", "llama"])
 def test_a_batch_gives_what_each_prompt_gives_alone(kind, num_beams):
     model = model_of(kind)
-    together = continuations(model, PROMPTS, LENGTHS, num_beams=num_beams, batch_size=4)
+    together = generate_continuations(model, PROMPTS, LENGTHS, num_beams=num_beams, batch_size=4)
     alone = [
-        continuations(model, [prompt], [n], num_beams=num_beams)[0]
+        generate_continuations(model, [prompt], [n], num_beams=num_beams)[0]
         for prompt, n in zip(PROMPTS, LENGTHS, strict=False)
     ]
     assert [len(row) for row in together] == LENGTHS
@@ -231,7 +231,7 @@ def test_one_beam_is_the_greedy_continuation():
     with torch.no_grad():
         for _ in range(9):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    assert continuations(model, PROMPTS[:1], [9], num_beams=1)[0] == tokens[len(PROMPTS[0]) :]
+    assert generate_continuations(model, PROMPTS[:1], [9], num_beams=1)[0] == tokens[len(PROMPTS[0]) :]
 
 
 def test_two_beams_are_beam_search_by_hand():
@@ -248,7 +248,7 @@ def test_two_beams_are_beam_search_by_hand():
                 )
             ]
             beams = sorted(wider, reverse=True)[:2]
-    assert continuations(model, PROMPTS[:1], [n])[0] == beams[0][1][len(PROMPTS[0]) :]
+    assert generate_continuations(model, PROMPTS[:1], [n])[0] == beams[0][1][len(PROMPTS[0]) :]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -259,7 +259,7 @@ def test_end_of_sequence_is_an_ordinary_token(num_beams):
     model.transformer.ln_f.weight.data.zero_()
     model.transformer.ln_f.bias.data.copy_(model.transformer.wte.weight.data[7] * 10)
     settings = model.generation_config
-    assert continuations(model, PROMPTS[:2], [5, 8], num_beams=num_beams) == [[7] * 5, [7] * 8]
+    assert generate_continuations(model, PROMPTS[:2], [5, 8], num_beams=num_beams) == [[7] * 5, [7] * 8]
     assert model.generation_config is settings
 
 
@@ -267,7 +267,7 @@ def test_generation_settings_come_back_even_after_an_error():
     model = model_of("gpt_neo")
     settings = model.generation_config
     with pytest.raises(Exception):
-        continuations(model, [[10**9]], [3])
+        generate_continuations(model, [[10**9]], [3])
     assert model.generation_config is settings
 
 
@@ -277,7 +277,7 @@ def test_an_adapter_keeps_its_generation_settings():
     base.generation_config.eos_token_id = 7
     settings = base.generation_config
     adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    assert continuations(adapted, PROMPTS[:1], [6]) == continuations(base, PROMPTS[:1], [6])
+    assert generate_continuations(adapted, PROMPTS[:1], [6]) == generate_continuations(base, PROMPTS[:1], [6])
     assert base.generation_config is settings and adapted.generation_config is settings
 
 
@@ -294,9 +294,9 @@ def small():
 def test_check_is_its_parts(small):
     model, tokenizer, texts = small
     sequences = tokenize(texts[:4], tokenizer, 70)
-    table = check(model, tokenizer, sequences, batch_size=3)
+    table = score_forget_set(model, tokenizer, sequences, batch_size=3)
     prompts, suffixes = prompt_suffix(sequences)
-    said = continuations(model, prompts, [len(s) for s in suffixes])
+    said = generate_continuations(model, prompts, [len(s) for s in suffixes])
     assert table["continuation"].tolist() == tokenizer.batch_decode(said)
     assert (
         table["bleu"].tolist()
@@ -313,7 +313,7 @@ def test_check_is_its_parts(small):
 
 def test_check_asks_the_scorer(small):
     model, tokenizer, texts = small
-    table = check(
+    table = score_forget_set(
         model, tokenizer, tokenize(texts[:2], tokenizer, 70), scorer=lambda said, truths: np.array([0.1, 0.9])
     )
     assert table["bert_f1"].tolist() == [0.1, 0.9]

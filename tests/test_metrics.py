@@ -32,8 +32,8 @@ from icu_nb.errors import InputError
 from icu_nb.metrics import (
     el_positions,
     extraction_likelihood,
-    memorization,
     memorization_accuracy,
+    memorization_scores,
     perplexity,
 )
 from icu_nb.models.rollouts import needed_rollouts
@@ -172,7 +172,9 @@ def test_equal_to_the_slow_definition(family, state, n, start):
         assert 0.1 < slow[:, 0].mean() < 0.97 and slow[:, 1].mean() > 0.1
     for ids, mask in [(batch.input_ids, batch.attention_mask), on_the_left(batch)]:
         for batch_size in (1, 3, 32):
-            fast = torch.stack(memorization(model, ids, mask, n=n, start=start, batch_size=batch_size), 1)
+            fast = torch.stack(
+                memorization_scores(model, ids, mask, n=n, start=start, batch_size=batch_size), 1
+            )
             torch.testing.assert_close(fast, slow, rtol=0, atol=1e-9)
             torch.testing.assert_close(
                 memorization_accuracy(model, ids, mask, batch_size=batch_size), slow[:, 0], rtol=0, atol=1e-9
@@ -183,7 +185,7 @@ def test_equal_to_the_slow_definition(family, state, n, start):
 
 def test_sliding_windows_are_computed_plainly_and_said():
     with pytest.warns(UserWarning, match="MistralForCausalLM has no cache that can be copied"):
-        memorization(FAMILIES["mistral"](), pad(rows_of([16])).input_ids, n=2)  # said once per model
+        memorization_scores(FAMILIES["mistral"](), pad(rows_of([16])).input_ids, n=2)  # said once per model
 
 
 def test_one_pass_serves_a_model_that_knows_the_text(monkeypatch):
@@ -193,7 +195,7 @@ def test_one_pass_serves_a_model_that_knows_the_text(monkeypatch):
     model = overfit(FAMILIES["gpt_neo"]().double(), rows, steps=150)
     calls, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
-    ma, el = memorization(model, torch.tensor(rows), n=3, start=4)
+    ma, el = memorization_scores(model, torch.tensor(rows), n=3, start=4)
     assert ma.tolist() == el.tolist() == [1, 1] and len(calls) == 1
 
 
@@ -209,10 +211,10 @@ def test_needed_rollouts():
 
 def test_dropout_is_off_while_measuring_and_the_mode_is_put_back():
     model, ids = make_model("gpt2", "half memorized"), pad(rows_of([16, 16])).input_ids
-    expected = memorization(model, ids, n=3)
+    expected = memorization_scores(model, ids, n=3)
     model.train()
     try:
-        again = [memorization(model, ids, n=3) for _ in range(3)]
+        again = [memorization_scores(model, ids, n=3) for _ in range(3)]
         assert model.training and memorization_accuracy(model, ids).requires_grad is False
     finally:
         model.eval()
@@ -229,11 +231,11 @@ def test_dropout_is_off_while_measuring_and_the_mode_is_put_back():
 )
 def test_properties(rows, n, start, batch_size, shuffler):
     model, batch = make_model("gpt_neo", "half memorized"), pad(rows)
-    ma, el = memorization(model, batch.input_ids, batch.attention_mask, n=n, start=start)
+    ma, el = memorization_scores(model, batch.input_ids, batch.attention_mask, n=n, start=start)
     assert len(ma) == len(el) == len(rows) and ((ma >= 0) & (ma <= 1)).all() and ((el >= 0) & (el <= 1)).all()
     order = list(range(len(rows)))
     shuffler.shuffle(order)
-    ma2, el2 = memorization(
+    ma2, el2 = memorization_scores(
         model, batch.input_ids[order], batch.attention_mask[order], n=n, start=start, batch_size=batch_size
     )
     assert ma2.equal(ma[order]) and el2.equal(el[order])
@@ -261,7 +263,7 @@ class Perfect(torch.nn.Module):
 )
 def test_a_perfect_model_scores_one(lengths, start, n):
     batch = pad([[k % VOCAB for k in range(length)] for length in lengths])
-    ma, el = memorization(Perfect(), batch.input_ids, batch.attention_mask, n=n, start=start)
+    ma, el = memorization_scores(Perfect(), batch.input_ids, batch.attention_mask, n=n, start=start)
     assert (ma == 1).all() and (el == 1).all()
 
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import icu_nb.unlearn
 from icu_nb.iur import Thresholds, is_forgotten
-from icu_nb.metrics import memorization
+from icu_nb.metrics import memorization_scores
 from icu_nb.objective import ICU, gradient_ascent
 from icu_nb.result import UnlearnResult
 from icu_nb.text import tokenize
@@ -57,7 +57,7 @@ def run(
 class Spy:
     """An objective that notes what it is asked, and may do something before it answers."""
 
-    remembers = ("neighbor",)
+    needs_reference = ("neighbor",)
 
     def __init__(self, inner=ICU(), before=lambda model, call: None, change=lambda terms, call: terms):
         self.inner, self.before, self.change, self.batches = inner, before, change, []
@@ -127,7 +127,7 @@ def test_samples_have_a_row_per_sequence_and_epoch(tiny, three_epochs):
 def test_the_first_and_the_last_row_are_the_model_before_and_after(tiny, three_epochs):
     model, result = three_epochs
     for epoch, scored in ((0, tiny.model), (3, model)):
-        accuracy, likelihood = memorization(scored, **vars(tiny.sequences))
+        accuracy, likelihood = memorization_scores(scored, **vars(tiny.sequences))
         rows = result.samples[result.samples["epoch"] == epoch]
         assert rows["ma"].to_numpy() == pytest.approx(accuracy.numpy()) and rows[
             "el"
@@ -340,7 +340,7 @@ def test_a_custom_objective_gets_the_original_it_asked_for(tiny):
     seen = []
 
     class Distance:
-        remembers = ("forget",)
+        needs_reference = ("forget",)
 
         def __call__(self, model, batch, reference):
             seen.append({*reference.parts})

@@ -30,7 +30,7 @@ from icu_nb.evals.membership import (
     redraws,
     usable_length,
 )
-from ..metrics import memorization
+from ..metrics import memorization_scores
 from ..models.loading import merge_lora
 from ..models.tiny import trainer
 from ..text import Sequences, check_texts, tokenize
@@ -41,7 +41,7 @@ def recall(
     sequences: Sequences,  # texts, as tokens
 ) -> dict[str, np.ndarray]:  # MA, EL, ES: [n] each
     "What the model still recites."
-    accuracy, likelihood = memorization(model, **vars(sequences))
+    accuracy, likelihood = memorization_scores(model, **vars(sequences))
     return {
         "MA": accuracy.numpy(),
         "EL": likelihood.numpy(),

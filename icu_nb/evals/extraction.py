@@ -19,7 +19,7 @@ from torchmetrics.functional.text import edit_distance
 from ..data.people import TEMPLATES
 from ..errors import require
 from .utility import find_facts
-from ..language_model import context_length, continuations, evaluating, halving_batches
+from ..language_model import context_length, evaluating, generate_continuations, halving_batches
 from ..metrics import real_tokens
 from ..models.rollouts import greedy_pass
 from ..text import Sequences, pad_id
@@ -127,7 +127,7 @@ def extract(
     how = {"num_beams": 1} | ({"sampling": {"temperature": 1.0, "top_k": 40}} if samples else {})
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        said = continuations(
+        said = generate_continuations(
             model,
             repeat(prompts),
             repeat(lengths),
@@ -188,7 +188,7 @@ def ask(
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in probes]
     prompts = [row if len(row) <= room else row[-int(room) :] for row in prompts]
     with evaluating(model):
-        said = continuations(
+        said = generate_continuations(
             model,
             prompts,
             list(map(len, secrets)),

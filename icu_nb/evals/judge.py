@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import ICUError, require
-from ..language_model import context_length, continuations, evaluating, weights_digest
+from ..language_model import context_length, evaluating, generate_continuations, weights_digest
 from ..plumbing import cache_dir, write_json
 from ..text import pad_id
 
@@ -165,7 +165,7 @@ class LocalJudge:
             "Use a model with a longer context",
         )
         with evaluating(self.model):
-            (said,) = continuations(
+            (said,) = generate_continuations(
                 self.model, [prompt], [self.max_tokens], pad_token_id=pad_id(self.tokenizer), num_beams=1
             )
         end = self.tokenizer.eos_token_id
@@ -177,16 +177,16 @@ def judge(
     ask: Callable,  # `Endpoint`, `LocalJudge`, or any function with a `name`: (instructions, message) -> (answer, tokens read, tokens written)
     prefixes: list[str],  # what the model was given
     references: list[str],  # how it really goes on
-    continuations: list[str],  # what the model wrote
+    generate_continuations: list[str],  # what the model wrote
     *,
     folder: str | Path | None = None,  # where scores are kept; None: `cache_dir()/"judge"`
 ) -> pd.DataFrame:  # a row per text: score (0 to 10, NaN without a valid answer), cached, tokens_read, tokens_written (0 if cached)
     "Scores of a judge; nothing that has a score is asked twice."
-    lengths = {len(prefixes), len(references), len(continuations)}
+    lengths = {len(prefixes), len(references), len(generate_continuations)}
     require(
         len(lengths) == 1 and lengths != {0},
         "continuations",
-        f"there are {len(prefixes)} prefixes, {len(references)} references and {len(continuations)} continuations",
+        f"there are {len(prefixes)} prefixes, {len(references)} references and {len(generate_continuations)} continuations",
         "Give as many of each, and at least one",
     )
     require(
@@ -196,7 +196,7 @@ def judge(
         "Give an Endpoint or a LocalJudge, or set the attribute",
     )
     folder, rows = Path(folder or cache_dir() / "judge"), []
-    for texts in zip(prefixes, references, continuations, strict=False):
+    for texts in zip(prefixes, references, generate_continuations, strict=False):
         message = judge_message(*texts)
         path = (
             folder

@@ -35,8 +35,8 @@ from ..data.people import TEMPLATES, people_corpus
 from ..errors import DownloadError, InputError, first_line, require
 from icu_nb.language_model import (
     context_length,
-    continuations,
     evaluating,
+    generate_continuations,
     halving_batches,
     token_losses,
 )
@@ -430,7 +430,7 @@ def dialogue_scores(
     ]
     asked = [prompt[-(width - max_new_tokens) :] for prompt in prompts]
     with evaluating(model):
-        said = continuations(
+        said = generate_continuations(
             model,
             asked,
             [max_new_tokens] * len(asked),

@@ -110,7 +110,7 @@ def token_mean(
 class Objective:
     "Base of the methods below: their settings are numbers, and by default the original model is asked nothing."
 
-    remembers: ClassVar = ()
+    needs_reference: ClassVar = ()
     positive: ClassVar = ()  # settings that the loss divides by
 
     def __post_init__(self):

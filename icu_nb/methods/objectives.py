@@ -54,7 +54,7 @@ class KL(Objective):
     "Ascent on the forget texts, near the original on their neighbors."
 
     beta: float = 1.0  # weight of the divergence
-    remembers: ClassVar = ("neighbor",)
+    needs_reference: ClassVar = ("neighbor",)
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return token_terms(
@@ -68,7 +68,7 @@ class EUL(Objective):
 
     lam: float = 1.0  # weight of the neighbors' loss
     gamma: float = 0.2  # weight of the forget texts' loss, ascended
-    remembers: ClassVar = ("neighbor", "forget")
+    needs_reference: ClassVar = ("neighbor", "forget")
 
     def check(self, model, task: Task) -> None:
         require(
@@ -111,7 +111,7 @@ class LLMU(Objective):
 
     alpha: float = 0.5  # weight of the mismatched labels
     beta: float = 1.0  # weight of the divergence
-    remembers: ClassVar = ("neighbor",)
+    needs_reference: ClassVar = ("neighbor",)
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return {**KL(self.beta)(model, batch, reference), "l_other": self.alpha * mismatched(model, batch)}
@@ -136,7 +136,7 @@ class NPO(Objective):
 
     beta: float = 0.1  # how soon the push fades
     alpha: float = 1.0  # weight of the neighbors
-    remembers: ClassVar = ("forget",)
+    needs_reference: ClassVar = ("forget",)
     positive: ClassVar = ("beta",)
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
@@ -173,7 +173,7 @@ class DPO(Objective):
 
     beta: float = 0.1  # how soon the push fades
     alpha: float = 1.0  # weight of the neighbors
-    remembers: ClassVar = ("forget", "alternative")
+    needs_reference: ClassVar = ("forget", "alternative")
 
     def check(self, model, task: Task) -> None:
         require(
@@ -232,7 +232,7 @@ class UNDIAL(Objective):
     "Self-distillation: the original's distribution with the true tokens made unlikely."
 
     beta: float = 10.0  # how much lower the true token's logit shall be
-    remembers: ClassVar = ("forget",)
+    needs_reference: ClassVar = ("forget",)
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         def far_from_target(logits, labels, original):
@@ -289,7 +289,7 @@ class RMU(Objective):
     c: float = 6.5  # length of the random vector
     alpha: float = 1200.0  # weight of the neighbors
     seed: int = 0  # of the random vector
-    remembers: ClassVar = ("anything",)
+    needs_reference: ClassVar = ("anything",)
 
     def check(self, model, task: Task) -> None:
         n = len(layers_of(model))

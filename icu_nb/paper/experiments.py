@@ -33,7 +33,7 @@ from ..errors import ICUError, InputError, NonFinite, first_line, require
 from ..evals.judge import Endpoint
 from ..methods.registry import OBJECTIVES, PUBLISHED, TINY, get_objective
 from .tables import results_table
-from .trial import ENCODERS, SCRATCH, SETTINGS, Cell, Files, run_cell, run_key
+from .trial import ENCODERS, SCRATCH, SETTINGS, Files, Trial, run_key, run_trial
 from ..plumbing import atomic_path
 
 # %% ../../nbs/library/paper/experiments.ipynb #11000007
@@ -381,7 +381,7 @@ def cells(
     seeds: int | None = None,  # how many, from 0; None: the experiment's own number
     files: Files = Files(),  # the user's files
 ) -> list[
-    Cell
+    Trial
 ]:  # runs that begin with the same model stand together; one that has two labels stands there once
     "The grid of an experiment, run by run."
     experiment, size = known(name, EXPERIMENTS, "experiment"), known(profile, PROFILES, "profile")
@@ -418,7 +418,7 @@ def cells(
                     continue
                 data, rest = f"pile{runs[seed % len(runs)]}", {"texts": texts} | rest
             found += [
-                Cell(name, profile, data, model, method, label, seed, settings_json(profile, method, rest))
+                Trial(name, profile, data, model, method, label, seed, settings_json(profile, method, rest))
                 for model in models
             ]
     place = {(cell.seed, cell.data, cell.model): i for i, cell in reversed([*enumerate(found)])}
@@ -537,7 +537,7 @@ def claim(
 
 def put_rows(
     path: Path,  # the file
-    cell: Cell,  # whose rows they are
+    cell: Trial,  # whose rows they are
     table: pd.DataFrame,  # its rows
 ) -> None:
     "Write a run's rows in place of its older ones."
@@ -563,8 +563,8 @@ def put_rows(
 
 def store(
     folder: str | Path,  # where the tables lie
-    cell: Cell,  # which run
-    found: dict,  # its row, from `run_cell`
+    cell: Trial,  # which run
+    found: dict,  # its row, from `run_trial`
     history: pd.DataFrame | None = None,  # its history
     samples: pd.DataFrame | None = None,  # its samples
 ) -> None:
@@ -585,8 +585,8 @@ def store(
 
 def twin(
     folder: str | Path,  # where the tables lie
-    cell: Cell,  # which run
-) -> tuple | None:  # row, history and samples, as from `run_cell`
+    cell: Trial,  # which run
+) -> tuple | None:  # row, history and samples, as from `run_trial`
     "The same run, if another experiment has made it."
     for name in EXPERIMENTS:
         rows = read_rows(folder, name)
@@ -628,7 +628,7 @@ TRAINING = {
 
 
 def guess(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     begins: bool,  # whether it is the first with its texts and its model
 ) -> float:  # seconds
     "About what a run takes."
@@ -656,12 +656,12 @@ def guess(
 
 
 def guesses(
-    plan: list[Cell],  # runs in their order
+    plan: list[Trial],  # runs in their order
 ) -> list[float]:  # seconds
     "The same for a whole plan."
     seen = set()
 
-    def first(cell: Cell) -> bool:
+    def first(cell: Trial) -> bool:
         where = (cell.data, cell.model, cell.seed, cell.options["n_forget"])
         return not (where in seen or seen.add(where))
 
@@ -684,7 +684,7 @@ def duration(
 
 # %% ../../nbs/library/paper/experiments.ipynb #11000049
 def make_or_copy(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     folder: str | Path,  # where the tables lie
     files: Files,  # the user's files
 ) -> list[str]:  # what of it could not be measured
@@ -695,7 +695,7 @@ def make_or_copy(
         contextlib.redirect_stderr(io.StringIO()),
     ):  # inner progress bars
         warnings.simplefilter("always")
-        store(folder, cell, *(twin(folder, cell) or run_cell(cell, files)))
+        store(folder, cell, *(twin(folder, cell) or run_trial(cell, files)))
     return [str(warning.message) for warning in said if str(warning.message).startswith("not measured")]
 
 

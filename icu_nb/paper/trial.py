@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SCRATCH', 'SHAPE', 'ARCHITECTURES', 'MEMORIZED', 'PASSES', 'ENCODERS', 'REFINEMENTS', 'YARDSTICKS',
-           'FINDINGS', 'load_scorer', 'run_key', 'Cell', 'fresh_model', 'Files', 'memorize_in_passes', 'Given',
+           'FINDINGS', 'load_scorer', 'run_key', 'Trial', 'fresh_model', 'Files', 'memorize_in_passes', 'Given',
            'corpus_of', 'prepare', 'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested',
            'Outcome', 'goal_of', 'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back',
            'perplexities', 'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked',
-           'measure', 'PeakMemory', 'sample_rows', 'run_cell']
+           'measure', 'PeakMemory', 'sample_rows', 'run_trial']
 
 # %% ../../nbs/library/paper/trial.ipynb #10a00004
 import copy
@@ -54,7 +54,7 @@ from icu_nb.evals.utility import (
 from icu_nb.iur import (
     Thresholds,
     calibrate_thresholds,
-    check,
+    score_forget_set,
     select_icu,
     select_published_rule,
     thresholds_met,
@@ -89,7 +89,7 @@ def run_key(
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     "One run to be made."
 
     experiment: str  # who asks for it
@@ -490,7 +490,7 @@ REFINEMENTS = {"none": None, "icu": select_icu, "published_rule": select_publish
 
 
 def requested(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # its texts
 ) -> list[str]:
     "The forget texts that this run is about."
@@ -522,7 +522,7 @@ def goal_of(
 
 
 def alternatives_for(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # its texts
     n: int,  # how many
 ) -> list[str] | None:
@@ -533,7 +533,7 @@ def alternatives_for(
 
 # %% ../../nbs/library/paper/trial.ipynb #10a00024
 def config_of(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     n: int,  # texts of one request
 ) -> ICUConfig:
     "The settings of the loop; the goal is looked at eight times an epoch."
@@ -554,7 +554,7 @@ def config_of(
 
 def unlearn_request(
     model,  # trained in place
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # what it begins with
     texts: list[str],  # to forget
 ) -> UnlearnResult:  # its history with the perplexities that are watched
@@ -587,7 +587,7 @@ def unlearn_request(
 
 
 def unlearned(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # what it begins with
 ) -> Outcome:
     "Train as the settings say, one request after the other."
@@ -618,7 +618,7 @@ def unlearned(
 
 # %% ../../nbs/library/paper/trial.ipynb #10a00025
 def walked_back(
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # what it begins with
 ) -> Outcome:
     "The original minus the smallest part of the task vector, to 1/64, that reaches the goal; all of it where none does."
@@ -763,7 +763,7 @@ FINDINGS = {  # column -> metric of `audit`
 
 def attack_columns(
     model,  # the model under attack
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # the texts
 ) -> dict[str, float]:
     "What attackers still get."
@@ -825,7 +825,7 @@ def asked(
 
 def measure(
     outcome: Outcome,  # what a run made
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # the texts
     files: Files = Files(),  # the user's files
 ) -> tuple[dict, pd.DataFrame]:  # columns of the row; the check of every forget text
@@ -835,7 +835,7 @@ def measure(
         tokenize(requested(cell, given), given.tokenizer, options["max_length"]),
         goal_of({**options, "goal": options["goal"] or 1.0}, given),
     )
-    scores = check(model, given.tokenizer, sequences, scorer=scorer_of(options["scorer"]))
+    scores = score_forget_set(model, given.tokenizer, sequences, scorer=scorer_of(options["scorer"]))
     means = (
         scores.rename(columns={"el": "el10"})[["el10", "ma", "bleu", "bert_f1", "entropy", "distinct"]]
         .mean()
@@ -903,7 +903,7 @@ class PeakMemory:
 def sample_rows(
     outcome: Outcome,  # what a run made
     scores: pd.DataFrame,  # the last check
-    cell: Cell,  # which run
+    cell: Trial,  # which run
     given: Given,  # the texts
 ) -> pd.DataFrame:  # epoch, id, prompt, truth, continuation, ma, el, active
     "What the model says of the first few texts, epoch by epoch; of a yardstick once."
@@ -914,8 +914,8 @@ def sample_rows(
     return rows[["epoch", "id", "prompt", "truth", "continuation", "ma", "el", "active"]]
 
 
-def run_cell(
-    cell: Cell,  # which run
+def run_trial(
+    cell: Trial,  # which run
     files: Files = Files(),  # the user's files
 ) -> tuple[dict, pd.DataFrame | None, pd.DataFrame | None]:  # the row, the history, the samples
     "Make one run, and measure what came of it. Every row of every table begins here."
