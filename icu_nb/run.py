@@ -101,7 +101,7 @@ class Run:
         parts = {"forget": task.forget, "neighbor": task.neighbors} | (
             {} if task.alternatives is None else {"alternative": task.alternatives}
         )
-        asked = getattr(objective, "remembers", parts)
+        asked = getattr(objective, "needs_reference", parts)
         self.reference = OriginalModel(
             model,
             {name: parts[name] for name in parts if name in asked},

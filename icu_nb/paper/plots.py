@@ -37,7 +37,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from ..errors import ICUError, InputError, require
 from ..methods.registry import METHODS
-from .experiments import read_csv, read_rows
+from .rows import read_csv, read_rows
 from .style import COLORS, save_figure, set_figure_style
 from icu_nb.paper.tables import (
     check_rows,
