@@ -24,13 +24,13 @@ from icu_nb.methods.objectives import (
     SatImp,
     SimNPO,
 )
-from ..objective import ICU, gradient_ascent
+from ..objective import ICU, GradientAscent
 
 # %% ../../nbs/library/methods/registry.ipynb #20e1ab08
 OBJECTIVES = {
     "icu": ICU,
-    "ga": gradient_ascent,
-    "kumpr": gradient_ascent,
+    "ga": GradientAscent,
+    "kumpr": GradientAscent,
     "graddiff": GradDiff,
     "kl": KL,
     "llmu": LLMU,
