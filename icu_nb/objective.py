@@ -145,9 +145,7 @@ class ICU(Objective):
     needs_reference: ClassVar = ("neighbor",)
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
-        return token_terms(
-            model, batch, reference, **forget_terms(), **neighbor_terms(self.alpha, self.beta)
-        )
+        return token_terms(model, batch, reference, **forget_terms(), **neighbor_terms(self.alpha, self.beta))
 
 
 @dataclass(frozen=True)

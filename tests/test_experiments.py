@@ -27,21 +27,18 @@ from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models.tiny import tiny_gpt_neo
 from icu_nb.pairs import prepare_task
 from icu_nb.paper.experiments import (
-    COLUMNS,
     EXPERIMENTS,
     LABELS,
     PROFILES,
-    SCHEMA,
     Experiment,
     cells,
     claim,
     main,
     put_rows,
-    read_csv,
-    read_rows,
     run,
     store,
 )
+from icu_nb.paper.rows import COLUMNS, SCHEMA, read_csv, read_rows
 from icu_nb.paper.trial import (
     SCRATCH,
     SETTINGS,

@@ -17,9 +17,9 @@ from PIL import Image
 
 from icu_nb import plots
 from icu_nb.errors import InputError
-from icu_nb.paper.experiments import COLUMNS, LABELS, SCHEMA
+from icu_nb.paper.experiments import LABELS
+from icu_nb.paper.rows import COLUMNS, SCHEMA, run_key
 from icu_nb.paper.style import COLORS, set_figure_style
-from icu_nb.paper.trial import run_key
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -36,7 +36,8 @@ from matplotlib.ticker import LogLocator
 from matplotlib.transforms import ScaledTranslation
 
 from ..errors import ICUError, InputError, require
-from .experiments import LABELS, read_csv, read_rows
+from .experiments import LABELS
+from .rows import read_csv, read_rows
 from .style import COLORS, save_figure, set_figure_style
 from icu_nb.paper.tables import (
     check_rows,
