@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import stats
+from scipy.stats import t as student
 
 from ..errors import require
 
@@ -37,7 +38,7 @@ def interval(
     with np.errstate(divide="ignore", invalid="ignore"):  # a perplexity may have left the range of numbers
         values = np.log(values) if geometric else values
         half = (
-            special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
+            stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
             if len(values) > 1
             else math.nan
         )
@@ -196,13 +197,6 @@ def paired(
     return values.sub(values[against], axis=0)
 
 # %% ../../nbs/library/paper/tables.ipynb #7556447a
-def _t_test(differences: np.ndarray) -> float:
-    "Two-sided p of a mean of 0, as scipy.stats.ttest_1samp computes it; importing scipy.stats takes a second."
-    n, mean = len(differences), differences.mean()
-    variance = ((differences - mean) ** 2).mean() * (n / (n - 1))
-    return 2 * special.stdtr(n - 1, -abs(mean / np.sqrt(variance / n)))
-
-
 def significance(
     rows: pd.DataFrame,  # of one data set and model
     columns: Sequence[str],  # measures
@@ -216,7 +210,7 @@ def significance(
             d = apart[label].dropna()
             varies = len(d) > 1 and np.ptp(d) > 0
             effect, low, high = interval(np.exp(d), True) if multiplies(column) else interval(d)
-            p = _t_test(d.to_numpy()) if varies else math.nan
+            p = stats.ttest_1samp(d, 0).pvalue if varies else math.nan
             found.append(
                 {
                     "column": column,
@@ -324,8 +318,6 @@ def geometric_interval(
     "What the seeds say together."
     logs = np.log(np.asarray(values, dtype=float))
     half = (
-        special.stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / len(logs) ** 0.5
-        if len(logs) > 1
-        else np.nan
+        student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else np.nan
     )
     return np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
