@@ -16,7 +16,7 @@ from icu_nb.evals.extraction import (
     extract,
     extraction_strength,
     longest_common_substring,
-    probes,
+    secret_prompts,
     similarity,
     strength,
 )
@@ -166,17 +166,17 @@ def test_samples_follow_the_seed_alone(tiny):
 def test_records_are_read_back():
     for text in people(60, seed=5):
         facts = find_facts(text).groupdict()
-        (own,) = probes([text], paraphrase=False)
-        (other,) = probes([text])
+        (own,) = secret_prompts([text], paraphrase=False)
+        (other,) = secret_prompts([text])
         assert own[0] + own[1] in text and facts["phone"] == own[1].strip() == other[1].strip()
         assert facts["name"] in other[0] and facts["phone"] not in other[0] and not text.startswith(other[0])
 
 
 def test_probes_need_records_and_a_known_field():
     with pytest.raises(InputError, match="`record`.*templates"):
-        probes([people(1)[0], "hello"])
+        secret_prompts([people(1)[0], "hello"])
     with pytest.raises(InputError, match="Known: name"):
-        probes(people(1), "shoe size")
+        secret_prompts(people(1), "shoe size")
 
 
 def test_ask_cuts_a_long_prompt_and_knows_a_secret(tiny):

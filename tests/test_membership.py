@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from icu_nb.errors import InputError
 from icu_nb.evals.membership import (
-    MEMBERSHIP,
+    MEMBERSHIP_ATTACKS,
     Evidence,
     auc,
     auc_interval,
@@ -25,7 +25,7 @@ from icu_nb.evals.membership import (
     membership_scores,
     priv_leak,
     priv_leak_interval,
-    redraws,
+    bootstrap_weights,
     roc,
     token_evidence,
     usable_length,
@@ -77,8 +77,8 @@ def test_scores_against_references():
             "reference": sum(log_p) / n - sum(e.reference[i][0]) / n,
             "gradient norm": -e.gradient[i],
         }
-        assert expected.keys() == MEMBERSHIP.keys()
-        assert {name: score(e)[i] for name, score in MEMBERSHIP.items()} == pytest.approx(expected)
+        assert expected.keys() == MEMBERSHIP_ATTACKS.keys()
+        assert {name: score(e)[i] for name, score in MEMBERSHIP_ATTACKS.items()} == pytest.approx(expected)
 
 
 def test_lowest_keeps_one_at_least():
@@ -105,7 +105,7 @@ def test_batches_change_nothing_and_texts_are_cut(tiny):
     one, all_at_once = (token_evidence(tiny.model, tiny.sequences, batch_size=size) for size in (1, 8))
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, all_at_once, strict=False))
     table = membership_scores(tiny.model, tiny.tokenizer, tiny.forget, max_length=20)
-    assert list(table) == [name for name in MEMBERSHIP if name != "reference"] and len(table) == 8
+    assert list(table) == [name for name in MEMBERSHIP_ATTACKS if name != "reference"] and len(table) == 8
     cut = tiny.tokenizer.decode(tiny.tokenizer(tiny.forget[0])["input_ids"][:20])
     assert table.zlib[0] == pytest.approx(table.loss[0] / len(zlib.compress(cut.encode())))
     assert usable_length(tiny.model) == 64 and usable_length(tiny.model, 20) == 20
@@ -119,7 +119,7 @@ def test_memorized_texts_look_like_members_to_every_attack(tiny):
         membership_scores(tiny.model, tiny.tokenizer, texts, reference=stranger, max_length=48)
         for texts in (tiny.forget, tiny.heldout)
     )
-    for name in MEMBERSHIP:  # eight of each: too few for `auc`, enough for their order
+    for name in MEMBERSHIP_ATTACKS:  # eight of each: too few for `auc`, enough for their order
         assert members[name].median() > others[name].median(), name
 
 
@@ -156,16 +156,16 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 def test_bootstrap_weights_and_repeatability():
     assert (
-        np.allclose(redraws(12).sum(1), 1)
-        and np.array_equal(redraws(12), redraws(12))
-        and not np.array_equal(redraws(12), redraws(12, seed=1))
+        np.allclose(bootstrap_weights(12).sum(1), 1)
+        and np.array_equal(bootstrap_weights(12), bootstrap_weights(12))
+        and not np.array_equal(bootstrap_weights(12), bootstrap_weights(12, seed=1))
     )
 
 
 def test_redrawn_auc_is_the_auc_of_redrawn_texts():
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=11), rng.normal(size=13)
-    w, v = redraws(11, 1)[0], redraws(13, 1, seed=1)[0]
+    w, v = bootstrap_weights(11, 1)[0], bootstrap_weights(13, 1, seed=1)[0]
     copies = np.repeat(a, np.round(w * 11).astype(int)), np.repeat(b, np.round(v * 13).astype(int))
     from icu_nb.evals.membership import wins
 
@@ -196,7 +196,7 @@ def test_priv_leak_interval_redraws_the_same_texts_for_both_models():
     ours, theirs = [(rng.normal(0.4, 1, 30), rng.normal(0, 1, 40)) for _ in range(2)]
     value, low, high = priv_leak_interval(ours, theirs, seed=3)
     assert value == pytest.approx(priv_leak(auc(*ours), auc(*theirs))) and low < value < high
-    n, m = (np.rint(redraws(size, seed=seed) * size).astype(int) for size, seed in ((30, 3), (40, 4)))
+    n, m = (np.rint(bootstrap_weights(size, seed=seed) * size).astype(int) for size, seed in ((30, 3), (40, 4)))
     looped = [
         priv_leak(*(auc(np.repeat(a, k), np.repeat(b, l)) for a, b in (ours, theirs)))
         for k, l in zip(n, m, strict=False)

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from icu_nb.data.people import people
 from icu_nb.errors import InputError
-from icu_nb.evals.audit import ATTACKS, audit, mean_row, quantize, recall, relearn, round_to_nearest
-from icu_nb.evals.extraction import extraction_strength, probes
+from icu_nb.evals.audit import ATTACKS, audit, mean_row, quantize, memorization_measures, relearn, round_to_nearest
+from icu_nb.evals.extraction import extraction_strength, secret_prompts
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy
 from icu_nb.models.loading import add_lora, merge_lora
 from icu_nb.models.tiny import tiny_gpt_neo
@@ -84,7 +84,7 @@ def test_an_adapter_is_merged_before_rounding(tiny):
 
 
 def test_recall_is_the_three_measures(tiny):
-    scores, sequences = recall(tiny.model, tiny.sequences), tiny.sequences
+    scores, sequences = memorization_measures(tiny.model, tiny.sequences), tiny.sequences
     for name, measure in {
         "MA": memorization_accuracy,
         "EL": extraction_likelihood,
@@ -112,7 +112,7 @@ def test_relearning_learns_what_is_shown_and_changes_a_copy(tiny):
         60: 4,
     }
     assert table.groupby("step").MA.mean().is_monotonic_increasing
-    start = recall(stranger, tokenize(tiny.forget[:4], tiny.tokenizer, 48))
+    start = memorization_measures(stranger, tokenize(tiny.forget[:4], tiny.tokenizer, 48))
     assert np.allclose(table[table.step == 0].MA, start["MA"])
     again = relearn(
         stranger,
@@ -157,7 +157,7 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
         heldout,
         retrained,
         unrelated=texts[16:],
-        probes=probes(forget),
+        secret_prompts=secret_prompts(forget),
         max_length=48,
     )
     assert tiny.same(model, before) and all(p.grad is None for p in retrained.parameters())
