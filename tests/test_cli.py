@@ -605,7 +605,7 @@ def test_longer_than_the_context_is_said_first(call, tmp_path, tiny, monkeypatch
     short = lambda texts: tiny.tokenizer.batch_decode(tokenize(texts, tiny.tokenizer, 56).tokens())
     lines(tmp_path / "forget.jsonl", tiny.forget if heldout == "fits" else short(tiny.forget))
     lines(tmp_path / "heldout.jsonl", tiny.heldout if heldout == "long" else short(tiny.heldout))
-    for name in ("icu_nb.iur.memorization", "icu_nb.cli.sample_tokens"):
+    for name in ("icu_nb.iur.memorization_scores", "icu_nb.cli.sample_pool"):
         monkeypatch.setattr(name, lambda *args, **options: pytest.fail("it asked the model first"))
     code, out, err = call(
         forget=tmp_path / "forget.jsonl", heldout=tmp_path / "heldout.jsonl", retain=None, max_length=None

@@ -11,10 +11,11 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import icu_nb.run
 import icu_nb.unlearn
 from icu_nb.iur import Thresholds, is_forgotten
 from icu_nb.metrics import memorization_scores
-from icu_nb.objective import ICU, gradient_ascent
+from icu_nb.objective import ICU, Objective, gradient_ascent
 from icu_nb.result import UnlearnResult
 from icu_nb.text import tokenize
 from icu_nb.unlearn import unlearn
@@ -54,7 +55,7 @@ def run(
     )
 
 
-class Spy:
+class Spy(Objective):
     """An objective that notes what it is asked, and may do something before it answers."""
 
     needs_reference = ("neighbor",)
@@ -238,7 +239,7 @@ def test_interrupted_in_the_first_check(tiny, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(icu_nb.unlearn, "check", interrupt)
+    monkeypatch.setattr(icu_nb.unlearn, "check_all", interrupt)
     result = run(tiny)
     assert result.stop_reason == "interrupted" and len(result.history) == len(result.samples) == 0
     assert result.history.columns.tolist() == HISTORY and result.samples.columns.tolist() == SAMPLES
@@ -339,7 +340,7 @@ def test_a_custom_objective_gets_the_original_it_asked_for(tiny):
     """It says which parts it wants remembered, and its terms become columns."""
     seen = []
 
-    class Distance:
+    class Distance(Objective):
         needs_reference = ("forget",)
 
         def __call__(self, model, batch, reference):
@@ -390,9 +391,9 @@ def test_check_steps_stops_within_an_epoch(tiny):
 
 @pytest.mark.parametrize("ma", [0.1, 0.5, 0.9])
 def test_whether_it_is_enough_is_asked_of_no_more_sequences_than_needed(tiny, monkeypatch, ma):
-    looks, memorization_accuracy = [], icu_nb.unlearn.memorization_accuracy
+    looks, memorization_accuracy = [], icu_nb.run.memorization_accuracy
     monkeypatch.setattr(
-        icu_nb.unlearn,
+        icu_nb.run,
         "memorization_accuracy",
         lambda model, **batch: looks.append(memorization_accuracy(model, **batch)) or looks[-1],
     )
@@ -471,7 +472,7 @@ def test_data_sets_are_as_good_as_lists(tiny, columns):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_model_comes_back_unwrapped(tiny, monkeypatch, precision):
-    monkeypatch.setattr(icu_nb.unlearn, "mixed_precision", lambda: precision)
+    monkeypatch.setattr(icu_nb.run, "mixed_precision", lambda: precision)
     AcceleratorState._reset_state(reset_partial_state=True)
     model = tiny.copy()
     model.generation_config.num_beams, model.generation_config.max_new_tokens = 5, 7

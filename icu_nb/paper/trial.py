@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SCRATCH', 'SHAPE', 'ARCHITECTURES', 'MEMORIZED', 'PASSES', 'ENCODERS', 'REFINEMENTS', 'YARDSTICKS',
-           'FINDINGS', 'load_scorer', 'run_key', 'Trial', 'fresh_model', 'Files', 'memorize_in_passes', 'Given',
-           'corpus_of', 'prepare', 'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested',
-           'Outcome', 'goal_of', 'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back',
-           'perplexities', 'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked',
-           'measure', 'PeakMemory', 'sample_rows', 'run_trial']
+           'FINDINGS', 'load_scorer', 'Trial', 'fresh_model', 'Files', 'memorize_in_passes', 'Given', 'corpus_of',
+           'prepare', 'find_encoder', 'noisy', 'near_copy', 'pool_of', 'embedder_of', 'requested', 'Outcome', 'goal_of',
+           'alternatives_for', 'config_of', 'unlearn_request', 'unlearned', 'walked_back', 'perplexities',
+           'utility_columns', 'divergence', 'attack_columns', 'scorer_of', 'deciders', 'asked', 'measure', 'PeakMemory',
+           'sample_rows', 'run_trial']
 
 # %% ../../nbs/library/paper/trial.ipynb #10a00004
 import copy
@@ -62,11 +62,12 @@ from icu_nb.iur import (
 )
 from ..language_model import evaluating
 from ..methods.edits import add_vector, task_vector
-from ..methods.registry import get_objective
+from ..methods.registry import get_method
 from ..metrics import memorization_accuracy, perplexity
 from ..models.loading import add_lora, load_model
 from ..models.tiny import memorize, tiny_gpt_neo, train_tokenizer
 from ..pairs import prepare_task
+from .rows import run_key
 from ..plumbing import provenance, seed_everything
 from ..result import UnlearnResult
 from ..text import Sequences, prompt_suffix, read_texts, tokenize
@@ -74,20 +75,6 @@ from ..text_scores import BERTScorer
 from ..unlearn import unlearn
 
 # %% ../../nbs/library/paper/trial.ipynb #10a00007
-def run_key(
-    profile: str,  # "tiny", "gpu" or "paper"
-    data: str,  # "people" or "pile<run>"
-    model: str,  # its name
-    method: str,  # a name of `OBJECTIVES`, or a yardstick
-    seed: int,  # of data, weights and order
-    settings: str,  # JSON
-) -> str:  # 12 hex digits
-    "What tells one run from another."
-    return hashlib.sha256(
-        json.dumps([profile, data, model, method, int(seed), settings]).encode()
-    ).hexdigest()[:12]
-
-
 @dataclass(frozen=True)
 class Trial:
     "One run to be made."
@@ -96,7 +83,7 @@ class Trial:
     profile: str  # a key of `PROFILES`
     data: str  # "people" or "pile<run>"
     model: str  # its name
-    method: str  # a name of `OBJECTIVES`, or a yardstick
+    method: str  # a key of `METHODS`
     label: str  # what tables and figures call it
     seed: int  # of data, weights and order
     settings: str  # JSON with sorted keys: everything else that makes the row
@@ -570,7 +557,7 @@ def unlearn_request(
         texts,
         pool_of(options, given),
         config_of(cell, len(texts)),
-        objective=get_objective(cell.method, **options["loss"]),
+        objective=get_method(cell.method).make(**options["loss"]),
         thresholds=goal_of(options, given),
         refinement=watched(refinement, look, noted) if options["watch"] else refinement,
         alternatives=alternatives_for(cell, given, len(texts)),
