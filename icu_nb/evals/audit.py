@@ -7,7 +7,7 @@ __all__ = ['memorization_measures', 'round_to_nearest', 'quantize', 'relearn', '
 
 # %% ../../nbs/library/evals/audit.ipynb #fa4eff38
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import require
@@ -65,17 +66,17 @@ def quantize(
     bits: int,  # 8 or 4
 ) -> "PreTrainedModel":  # a copy
     "A copy whose linear layers, but for the output head, are rounded to nearest; an adapter is merged first."
-    model = merge_lora(copy.deepcopy(model))
-    head = model.get_output_embeddings()
+    rounded = merge_lora(copy.deepcopy(model))
+    head = rounded.get_output_embeddings()
     with torch.no_grad():
-        for layer in model.modules():
+        for layer in rounded.modules():
             if layer is head:
                 continue
             if isinstance(layer, Conv1D):  # GPT-2 keeps its matrices the other way round
                 layer.weight.copy_(round_to_nearest(layer.weight.T, bits).T)
             elif isinstance(layer, torch.nn.Linear):
                 layer.weight.copy_(round_to_nearest(layer.weight, bits))
-    return model
+    return rounded
 
 # %% ../../nbs/library/evals/audit.ipynb #434a0ae4
 def relearn(
@@ -131,7 +132,7 @@ def _row(
 def _mean_row(
     attack: str,  # which attack
     metric: str,  # what was measured
-    values: Sequence[float],  # one per text
+    values: ArrayLike,  # one per text
     seed: int = 0,  # of the bootstrap
 ) -> dict:  # attack, metric, value, low, high, n
     "A mean over texts and its 95 % interval: exact for yes and no, bootstrap for the rest."
@@ -186,7 +187,7 @@ class _Case:
     def mean_rows(
         self,
         attack: str,  # which attack
-        measures: dict[str, Sequence[float]],  # metric -> a value per text
+        measures: Mapping[str, ArrayLike],  # metric -> a value per text
     ) -> list[dict]:
         "A row per metric."
         return [_mean_row(attack, metric, values, self.seed) for metric, values in measures.items()]

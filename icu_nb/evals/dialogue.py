@@ -72,7 +72,7 @@ def _reply_text(
 ) -> str:
     "A reply, cut where the turn ends: at end-of-text, or where the next user speaks."
     ends = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
-    text = tokenizer.decode(tokens[:ends], skip_special_tokens=True)
+    (text,) = tokenizer.batch_decode([tokens[:ends]], skip_special_tokens=True)
     return re.split(r"\n\s*User\b", text)[0].strip()
 
 

@@ -75,8 +75,9 @@ def _similarity(
 
     rows = []
     for ours, theirs in zip(continuations, truths, strict=True):
-        letters = ["".join(map(chr, tokens)) for tokens in (ours, theirs)]
-        distance = edit_distance(*letters, reduction="sum").item()
+        our_letters = "".join(map(chr, ours))
+        their_letters = "".join(map(chr, theirs))
+        distance = edit_distance(our_letters, their_letters, reduction="sum").item()
         rows.append(
             {
                 "verbatim": float(ours == theirs),

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -159,7 +159,9 @@ class LocalJudge:
         if not self.tokenizer.chat_template:
             return self.tokenizer(f"{instructions}\n\n{message}\n\n")["input_ids"]
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": message}]
-        filled = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        filled: Any = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True
+        )
         return filled["input_ids"]
 
     def __call__(
@@ -182,7 +184,8 @@ class LocalJudge:
         end = self.tokenizer.eos_token_id
         if end in answer:
             answer = answer[: answer.index(end)]
-        return self.tokenizer.decode(answer, skip_special_tokens=True), len(prompt), len(answer)
+        (text,) = self.tokenizer.batch_decode([answer], skip_special_tokens=True)
+        return text, len(prompt), len(answer)
 
 # %% ../../nbs/library/evals/judge.ipynb #09a00016
 def judge_continuations(

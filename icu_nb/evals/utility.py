@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['evaluate_utility']
 
-# %% ../../nbs/library/evals/utility.ipynb #72c78da7
+# %% ../../nbs/library/evals/utility.ipynb #07992b4d
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,9 +49,9 @@ _PAPER_TASKS = [
 class _Suite:
     "What a row is made of."
 
-    texts: dict[str, list[str] | None]  # for perplexity; None: they cannot be had
+    texts: Mapping[str, list[str] | None]  # for perplexity; None: they cannot be had
     tasks: list[str] | dict[str, list[dict]]  # see `evaluate_tasks`
-    dialogues: dict[str, list[list[str]] | None]  # None: they cannot be had
+    dialogues: Mapping[str, list[list[str]] | None]  # None: they cannot be had
     averaged: list[str]  # the tasks behind `classification`
     max_length: int  # tokens the model reads at once
 
