@@ -16,7 +16,7 @@ from faker import Faker
 from icu_nb.data.corpus import Corpus
 from icu_nb.data.files import PUBLIC_FILES
 from icu_nb.data.general import DIALOGUES, dialogue_turns
-from icu_nb.data.people import TEMPLATES, people, person
+from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
 from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, dialogue_scores, unigram_f1
 from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
@@ -116,7 +116,7 @@ def test_facts_are_those_the_record_was_made_of():
         "job": [pool.job().lower() for _ in range(40)],
     }
     for _ in range(40):
-        facts = person(faker, shared, rng)
+        facts = _person(faker, shared, rng)
         for template in TEMPLATES.values():
             assert find_facts(template.format(**facts)).groupdict() == facts
 

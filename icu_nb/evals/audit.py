@@ -31,7 +31,7 @@ from icu_nb.evals.membership import (
 )
 from ..metrics import memorization_scores
 from ..models.loading import merge_lora
-from ..models.tiny import trainer
+from ..models.tiny import make_train_step
 from ..plumbing import require_package
 from ..text import Sequences, check_texts, tokenize
 
@@ -103,7 +103,7 @@ def relearn(
     length = usable_length(model, max_length)
     shown = tokenize(check_texts(texts, "texts"), tokenizer, length)
     measured = tokenize(check_texts(watched, "watched"), tokenizer, length)
-    train_step = trainer(model, learning_rate, steps)
+    train_step = make_train_step(model, learning_rate, steps)
     generator = torch.Generator().manual_seed(seed)
     passes = steps * batch_size // len(shown) + 1
     order = torch.cat([torch.randperm(len(shown), generator=generator) for _ in range(passes)])

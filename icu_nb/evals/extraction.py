@@ -19,10 +19,9 @@ from ..data.people import TEMPLATES
 from ..errors import require
 from .people_questions import find_facts
 from ..language_model import context_length, evaluating, generate_continuations, halving_batches
-from ..metrics import real_tokens
 from ..models.rollouts import greedy_pass
 from ..plumbing import require_package
-from ..text import Sequences, pad_id
+from ..text import Sequences, pad_id, real_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
