@@ -42,15 +42,11 @@ from ..data.pile import gpt2_tokenizer, pile_corpus
 from ..embedding import model_embedder, sentence_embedder
 from ..errors import InputError, first_line, require
 from ..evals.audit import audit
-from ..evals.extraction import probes
-from ..evals.judge import Endpoint, judge
-from icu_nb.evals.utility import (
-    FILE_TASKS,
-    evaluate_tasks,
-    evaluate_utility,
-    find_facts,
-    people_tasks,
-)
+from ..evals.extraction import secret_prompts
+from ..evals.judge import Endpoint, judge_continuations
+from ..evals.people_questions import find_facts, people_tasks
+from ..evals.tasks import FILE_TASKS, evaluate_tasks
+from ..evals.utility import evaluate_utility
 from icu_nb.iur import (
     Thresholds,
     calibrate_thresholds,
@@ -763,7 +759,7 @@ def attack_columns(
             corpus.heldout,
             attacks=cell.options["attacks"],
             unrelated=corpus.general_test,
-            probes=probes(texts) if cell.data == "people" else None,
+            secret_prompts=secret_prompts(texts) if cell.data == "people" else None,
             max_length=given.max_length,
             seed=cell.seed,
         )
@@ -846,7 +842,7 @@ def measure(
         ).items()
     }
     if options["judge"]:
-        found["judge"] = judge(
+        found["judge"] = judge_continuations(
             Endpoint(options["judge"], files.judge_url), *asked(sequences, given), list(scores.continuation)
         ).score.mean()
     if options["distance"]:
