@@ -25,7 +25,7 @@ from ..errors import require
 from ..evals.utility import find_facts
 from ..iur import select_icu, select_published_rule, watched
 from ..methods.edits import add_vector, task_vector
-from ..methods.registry import get_objective
+from ..methods.registry import get_method
 from ..metrics import memorization_accuracy
 from ..models.loading import add_lora
 from .measure import Outcome, measure_outcome
@@ -135,7 +135,7 @@ def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: 
         texts,
         _neighbor_pool(settings, setup),
         _loop_config(trial, len(texts)),
-        objective=get_objective(trial.method, **settings.loss),
+        objective=get_method(trial.method).make(**settings.loss),
         thresholds=setup.goal(settings),
         refinement=watched(refinement, look, noted) if settings.watch else refinement,
         alternatives=_alternatives(trial, setup, len(texts)),
