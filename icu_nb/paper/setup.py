@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/library/paper/setup.ipynb #625f861b
 @dataclass(frozen=True)
 class TrialSettings:
-    "Everything that makes a row, besides data, model, method and seed. A field's name is its name in stored rows."
+    "What makes a row, besides data, model, method and seed; fields are named as in stored rows."
 
     # what is to be forgotten
     n_forget: int = 64  # texts that the model has memorized
