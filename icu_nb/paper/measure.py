@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from ..cle import kl_loss
 from ..errors import InputError, first_line
 from ..evals.audit import audit
-from ..evals.extraction import probes
-from ..evals.judge import Endpoint, judge
-from ..evals.utility import FILE_TASKS, evaluate_tasks, evaluate_utility, people_tasks
+from ..evals.extraction import secret_prompts
+from ..evals.judge import Endpoint, judge_continuations
+from ..evals.people_questions import people_tasks
+from ..evals.tasks import FILE_TASKS, evaluate_tasks
+from ..evals.utility import evaluate_utility
 from ..iur import Thresholds, score_forget_set, thresholds_met
 from ..language_model import evaluating
 from .setup import LocalFiles, Setup, Trial, TrialSettings, find_encoder
@@ -114,9 +116,9 @@ def _attack_columns(model: PreTrainedModel, trial: Trial, setup: Setup) -> dict[
         setup.tokenizer,
         texts,
         setup.corpus.heldout,
-        attacks=list(trial.settings.attacks),
+        attacks=trial.settings.attacks,
         unrelated=setup.corpus.general_test,
-        probes=probes(texts) if trial.data == "people" else None,
+        secret_prompts=secret_prompts(texts) if trial.data == "people" else None,
         max_length=setup.max_length,
         seed=trial.seed,
     )
@@ -162,7 +164,7 @@ def _judge_column(
     scores: pd.DataFrame, setup: Setup, sequences: Sequences, name: str, url: str | None
 ) -> dict[str, float]:
     prompts, truths = setup.prompts_and_continuations(sequences)
-    found = judge(Endpoint(name, url), prompts, truths, list(scores.continuation))
+    found = judge_continuations(Endpoint(name, url), prompts, truths, list(scores.continuation))
     return {"judge": found.score.mean()}
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..config import ICUConfig
 from ..data.people import people
 from ..errors import require
-from ..evals.utility import find_facts
+from ..evals.people_questions import find_facts
 from ..iur import select_icu, select_published_rule, watched
 from ..methods.edits import add_vector, task_vector
 from ..methods.registry import get_method
