@@ -167,11 +167,10 @@ def generate_continuations(
     *,
     pad_token_id: int = 0,  # fills the left of shorter prompts, masked
     num_beams: int = 2,  # beam width; the authors use 2
-    sampling: dict
-    | None = None,  # draw tokens: `generate`'s settings, such as temperature; seed PyTorch first
+    sampling: dict | None = None,  # instead: settings of `generate`, such as temperature; seed first
     batch_size: int = 32,  # prompts at a time
 ) -> list[list[int]]:
-    "Beam-search (or sampled) continuations of exactly the given lengths; end-of-sequence is an ordinary token."
+    "Beam-search (or sampled) continuations of exactly the given lengths; EOS is an ordinary token."
     if sampling:
         search = {"do_sample": True, **sampling}
     else:
