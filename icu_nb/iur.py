@@ -17,8 +17,8 @@ import pandas as pd
 
 from .errors import require, require_number
 from .language_model import context_length, generate_continuations
-from .metrics import el_positions, memorization_scores
-from .text import Sequences, check_texts, pad_id, prompt_suffix, tokenize
+from .metrics import memorization_scores
+from .text import Sequences, check_texts, el_positions, pad_id, prompt_suffix, tokenize
 from .text_scores import distinct_n, sentence_bleu, token_entropy
 
 # %% ../nbs/learn/06_iur.ipynb #cc5116c6

@@ -22,8 +22,7 @@ from .config import ICUConfig
 from .embedding import embed_checked, model_embedder, sentence_embedder
 from .errors import require
 from .language_model import context_length
-from .metrics import el_positions
-from .text import Sequences, check_texts, pad, pad_id, tokenize
+from .text import Sequences, check_texts, el_positions, pad, pad_id, tokenize
 
 # %% ../nbs/library/pairs.ipynb #cea55170
 def as_texts(

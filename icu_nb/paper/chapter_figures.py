@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator
 
 from ..methods.registry import METHODS
 from .style import COLORS
-from .tables import geometric_interval
+from .tables import interval
 
 # %% ../../nbs/library/paper/chapter_figures.ipynb #91da8763
 def _bar_label(value: float) -> str:
@@ -95,12 +95,12 @@ def plot_baselines(
     fig, axes = plt.subplots(1, 4, figsize=(11, 5), sharey=True)
     for ax, kind in zip(axes, _KINDS_OF_TEXT, strict=True):
         for y, (name, label) in enumerate(zip(order, labels, strict=True)):
-            mean, low, high = geometric_interval(by.get_group(name)[kind])
+            mean, low, high = interval(by.get_group(name)[kind], True)
             color = COLORS[label] if label in _COLORED else "black"
             face = color if by.get_group(name).reached.all() else "white"
             ax.plot([low, high], [y, y], color=color, lw=1.5)
             ax.plot(mean, y, "o", color=color, mfc=face)
-        level = geometric_interval(by.get_group("retrained")[kind])[0]
+        level = interval(by.get_group("retrained")[kind], True)[0]
         ax.axvline(level, color=COLORS["retrained"], lw=1, ls="--")
         ax.set(title=kind, xscale="log", xlabel="perplexity (log scale)")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

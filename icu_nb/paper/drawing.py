@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from .tables import number
+from .tables import format_interval
 
 # %% ../../nbs/library/paper/drawing.ipynb #d14999f3
 _HOLLOW = Line2D(
@@ -46,7 +46,7 @@ def _draw_mean(
         ax.text(0.02, y, "not run", transform=place, va="center", fontsize=8, color="#777777")
     elif one.mean > top:
         ax.plot(top, y, ">", color=color, clip_on=False)
-        ax.text(top / 1.25, y, number(one.mean), ha="right", va="center", fontsize=8, color=color)
+        ax.text(top / 1.25, y, format_interval(one.mean), ha="right", va="center", fontsize=8, color=color)
     else:
         ax.plot([one.low, min(one.high, top)], [y, y], color=color, linewidth=1.6, zorder=2)
         face = color if one.reached else "white"

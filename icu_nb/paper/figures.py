@@ -24,10 +24,9 @@ from .framework import plot_framework
 from .style import COLORS
 from icu_nb.paper.tables import (
     check_rows,
-    in_words,
+    format_interval,
     interval,
     multiplies,
-    number,
     significance,
     summarize,
 )
@@ -86,7 +85,7 @@ def _list_means(found: pd.DataFrame) -> str:
     parts = []
     for one in found.itertuples():
         few = "" if one.reached else " (forgot too little)"
-        parts.append(f"{one.label} {in_words(one.mean, one.low, one.high)}{few}")
+        parts.append(f"{one.label} {format_interval(one.mean, one.low, one.high)}{few}")
     return "; ".join(parts)
 
 # %% ../../nbs/library/paper/figures.ipynb #ef06770f
@@ -212,7 +211,7 @@ def _plot_sensitivity(
     for one in grid[grid.reached].nsmallest(1, "mean").itertuples():
         title += f": least perplexity at α = {one.alpha:g}, β = {one.beta:g}"
     cells = [
-        f"α {one.alpha:g}, β {one.beta:g}: {in_words(one.mean, one.low, one.high)}"
+        f"α {one.alpha:g}, β {one.beta:g}: {format_interval(one.mean, one.low, one.high)}"
         for one in grid.itertuples()
     ]
     return panel.finish(title, f"Heat map, mean and 95 % interval: {'; '.join(cells)}.")
@@ -291,7 +290,7 @@ def _plot_thresholds(
         panel.ax.set_xlim(0, 1)
     panel.ax.set_xlabel(_axis_name(column))
     ends = found["mean"].dropna()
-    title = f"{_measure_name(column)} ends between {number(ends.min())} and {number(ends.max())}"
+    title = f"{_measure_name(column)} ends between {format_interval(ends.min())} and {format_interval(ends.max())}"
     return panel.finish(title, f"Mean and 95 % interval per rule: {_list_means(found)}.")
 
 # %% ../../nbs/library/paper/figures.ipynb #950beb63
@@ -390,7 +389,7 @@ def _plot_tradeoff(
     panel.legend_below()
     title = f"what forgetting costs {_text_name(column)}"
     facts = [
-        f"{one.label} {in_words(one.mean, one.low, one.high)} at MA {one.ma:.2f}"
+        f"{one.label} {format_interval(one.mean, one.low, one.high)} at MA {one.ma:.2f}"
         for one in points.itertuples()
     ]
     if "retrained" in set(points.label):
@@ -496,7 +495,7 @@ def _draw_requests(panel: Panel, name: str, group: pd.DataFrame) -> str:
         panel.ax.plot(x, batches["mean"], "*", color=method.color, label=label, **star)
         panel.ax.vlines(x, batches.low, batches.high, color=method.color, linewidth=1)
     change = once["mean"].iloc[-1] / once["mean"].iloc[0]
-    return f"× {number(float(f'{change:.2g}'))} with {method.label}"
+    return f"× {format_interval(float(f'{change:.2g}'))} with {method.label}"
 
 # %% ../../nbs/library/paper/figures.ipynb #2c7a92a5
 ATTACK_NAMES = {  # a row's column: what an attacker gets
