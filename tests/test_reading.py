@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 from test_project import CHAPTERS, ROOT, cells, each_notebook, text
 
-from icu_nb import plots
+from icu_nb.paper import plots
 
 each_lesson = pytest.mark.parametrize(
     "path", [f for f in CHAPTERS if f.name[0].isdigit()], ids=lambda f: f.name

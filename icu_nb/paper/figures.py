@@ -290,7 +290,8 @@ def _plot_thresholds(
         panel.ax.set_xlim(0, 1)
     panel.ax.set_xlabel(_axis_name(column))
     ends = found["mean"].dropna()
-    title = f"{_measure_name(column)} ends between {format_interval(ends.min())} and {format_interval(ends.max())}"
+    least, most = format_interval(ends.min()), format_interval(ends.max())
+    title = f"{_measure_name(column)} ends between {least} and {most}"
     return panel.finish(title, f"Mean and 95 % interval per rule: {_list_means(found)}.")
 
 # %% ../../nbs/library/paper/figures.ipynb #950beb63
