@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,17 +65,25 @@ quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=t
 	@cat "$(OUT_DIR)/summary.txt"
 
 # nbs/course is left out on purpose: its exercises are meant to be filled in; tests/test_exercises.py runs the solutions.
+NOTEBOOKS = $(sort $(filter-out nbs/course/%,$(shell find nbs -name '*.ipynb' -not -path '*/.*')))
 # Two workers with a thread each are faster than one with two; a file stays with one worker, so that a notebook runs in its order.
-TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests $(wildcard nbs/*.ipynb) --durations=15 --nbval-lax --nbval-current-env \
+TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests $(NOTEBOOKS) --durations=15 --nbval-lax --nbval-current-env \
 	--nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
-test: .venv/.dev  ## pytest, and every notebook in nbs/
+check: .venv/.dev  ## style, types, the direction of imports, and whether icu_nb/ is what the notebooks export
+	$(PY) -m ruff check nbs icu_nb tests tools docs
+	$(PY) -m ruff format --check nbs tests tools docs
+	$(PY) -m mypy -p icu_nb
+	.venv/bin/lint-imports
+	$(PY) tools/check_export.py
+
+test: .venv/.dev  ## pytest, and every notebook in nbs/ but the course's
 	$(TEST) -m "not slow"
 
 test-all: .venv/.dev  ## the same with the long tests, and all notebooks of colab-test
 	$(TEST)
 
-colab-test: .venv/.dev  ## every notebook from 00 to 10, as Colab would run it: alone, in a fresh environment
+colab-test: .venv/.dev  ## the quickstart and every chapter of nbs/learn, as Colab would run it: alone, in a fresh environment
 	$(PY) -m pytest tests/test_colab.py --durations=15
 
 lab: .venv/.nb  ## JupyterLab on nbs/
@@ -89,11 +97,11 @@ course: .venv/.nb  ## write the students' notebooks, nbs/course/exercises_*.ipyn
 	$(PY) -m icu_nb.course.exercises nbs/course
 
 slides: .venv/.docs  ## slides of four sessions, from cells of the notebooks: one file each in _docs/slides, opens without a network
-	$(PY) configs/docs/slides.py _docs/slides
+	$(PY) docs/slides.py _docs/slides
 
 docs: slides  ## the site, from the outputs stored in the notebooks: _docs/site/index.html
 	@mkdir -p _docs/source
-	$(PY) -m sphinx -aW --keep-going -q -c configs/docs _docs/source _docs/site
+	$(PY) -m sphinx -aW --keep-going -q -c docs _docs/source _docs/site
 
 figures: .venv/.nb  ## draw every figure again from what is stored in figures/data; nothing is trained
 	$(PY) -m icu_nb.paper.plots
@@ -103,33 +111,33 @@ seeds: .venv/.nb  ## what README's first figure and tables show: the quickstart 
 	for d in people $(if $(DATA_DIR)$(ICU_NB_DATA),pile); do for s in 0 1 2; do \
 		$(MAKE) quickstart DATASET=$$d MODEL=tiny SEED=$$s OUT_DIR=runs/seeds/$$d-$$s || exit 1; \
 	done; done
-	$(PY) .ci/collect_seeds.py runs/seeds figures/data/quickstart.csv
+	$(PY) tools/collect_seeds.py runs/seeds figures/data/quickstart.csv
 	cp runs/seeds/people-0/example.json figures/data/quickstart_example.json
 
-tokens: .venv/.dev  ## follow one text through notebook 07's runs again, token by token: figures/data/tokens.json and its figure
+tokens: .venv/.dev  ## follow one text through the runs of chapter 07 again, token by token: figures/data/tokens.json and its figure
 	@mkdir -p runs/tokens figures/data
-	$(PY) -m papermill nbs/07_unlearn.ipynb runs/tokens/07_unlearn.ipynb --cwd nbs \
-		-k python3 -l python --progress-bar -p store ../figures/data
+	$(PY) -m papermill nbs/learn/07_the_loop.ipynb runs/tokens/07_the_loop.ipynb --cwd nbs/learn \
+		-k python3 -l python --progress-bar -p store ../../figures/data
 	$(PY) -m icu_nb.paper.plots tokens
 
 bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search"]
 	@mkdir -p runs/bench figures/data
-	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/13_benchmarks.ipynb runs/bench/13_benchmarks.ipynb --cwd nbs \
+	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/paper/30_speed_and_memory.ipynb runs/bench/30_speed_and_memory.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
 
 baselines: .venv/.dev  ## compare all methods at equal forgetting: figures/data/baselines.csv and its figure; goes on where it was stopped
 	@mkdir -p runs/baselines figures/data
-	$(PY) -m papermill nbs/08_baselines.ipynb runs/baselines/08_baselines.ipynb --cwd nbs \
+	$(PY) -m papermill nbs/paper/19_baselines.ipynb runs/baselines/19_baselines.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True
 
 audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit.csv and its figure [SEEDS="0 1 2"]
 	@mkdir -p runs/audit figures/data
-	$(PY) -m papermill nbs/10_privacy.ipynb runs/audit/10_privacy.ipynb --cwd nbs \
+	$(PY) -m papermill nbs/paper/31_audit.ipynb runs/audit/31_audit.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
 
 reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
 	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:  ## delete what was made here, except .venv
-	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis
-	find nbs icu_nb tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find nbs icu_nb tests docs tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -22,13 +22,12 @@ from icu_nb.config import ICUConfig
 from icu_nb.data.corpus import Corpus
 from icu_nb.embedding import model_embedder
 from icu_nb.errors import InputError, NonFinite
-from icu_nb.methods.registry import get_objective
+from icu_nb.methods.registry import METHODS, get_method
 from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models.tiny import tiny_gpt_neo
 from icu_nb.pairs import prepare_task
 from icu_nb.paper.experiments import (
     EXPERIMENTS,
-    LABELS,
     PROFILES,
     Experiment,
     cells,
@@ -92,7 +91,7 @@ def a_cell(method="ga", **changes):
         "people",
         "tiny gpt-neo",
         method,
-        LABELS[method],
+        METHODS[method].label,
         0,
         json.dumps(options, sort_keys=True),
     )
@@ -142,9 +141,9 @@ def test_every_grid_can_be_written_down(profile, monkeypatch):
         assert len({cell.key for cell in plan}) == len(plan) > 0
         assert len({(cell.label, cell.data, cell.model, cell.seed) for cell in plan}) == len(plan)
         for cell in plan:
-            assert set(cell.options) == set(SETTINGS) and cell.method in LABELS
-            if cell.method in experiments.OBJECTIVES:
-                get_objective(cell.method, **cell.options["loss"])
+            assert set(cell.options) == set(SETTINGS) and cell.method in METHODS
+            if METHODS[cell.method].objective:
+                get_method(cell.method).make(**cell.options["loss"])
                 ICUConfig(
                     learning_rate=cell.options["learning_rate"],
                     batch_size=cell.options["batch_size"],
@@ -500,7 +499,7 @@ def test_requests_in_batches_add_up(given):
         assert sample["prompt"] + sample["truth"] in text
 
 
-@pytest.mark.parametrize("method", [name for name in LABELS if name != "retrained"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "retrained"])
 def test_every_method_makes_a_row(given, method):
     """With the settings of its loss that the tables use; the layer of RMU is one that this model has."""
     loss = json.loads(experiments.settings_json("tiny", method, {}))["loss"]

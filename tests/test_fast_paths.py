@@ -33,7 +33,7 @@ from icu_nb.errors import InputError, NonFinite
 from icu_nb.iur import Thresholds
 from icu_nb.kui import unlearning_loss
 from icu_nb.language_model import evaluating, generate_continuations, halving_batches
-from icu_nb.methods.registry import get_objective
+from icu_nb.methods.registry import get_method
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.models.head import chunk_length, head_losses, last_hidden_states, linear_head
 from icu_nb.models.memory import fuse_activations
@@ -666,7 +666,7 @@ def test_a_gpu_says_what_the_cpu_says(tiny, monkeypatch, name, settings):
             tiny.forget,
             tiny.retain,
             tiny.config(learning_rate=1e-4, max_epochs=2),
-            objective=get_objective(name, **settings),
+            objective=get_method(name).make(**settings),
             thresholds=Thresholds(ma=0.0, el=0.0),
         )
         ends.append(result.history.iloc[-1])

@@ -17,13 +17,13 @@ from PIL import Image
 
 from icu_nb import plots
 from icu_nb.errors import InputError
-from icu_nb.paper.experiments import LABELS
+from icu_nb.methods.registry import METHODS
 from icu_nb.paper.rows import COLUMNS, SCHEMA, run_key
 from icu_nb.paper.style import COLORS, set_figure_style
 
 ROOT = Path(__file__).resolve().parents[1]
 
-METHODS = [
+NAMES = [
     "original",
     "retrained",
     "icu",
@@ -95,7 +95,7 @@ def made_up(entries, seeds=3, **own):
 
 
 def plain(*methods, **columns):
-    return [(plots.METHODS[method][0], method, columns) for method in methods]
+    return [(METHODS[method].label, method, columns) for method in methods]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     variant = lambda *labels: [(label, "icu", {}) for label in labels]
     main_table = made_up(
-        [*plain(*METHODS), ("ICU (published rule)", "icu", {}), *plain(*METHODS[:9], data="pile0")]
+        [*plain(*NAMES), ("ICU (published rule)", "icu", {}), *plain(*NAMES[:9], data="pile0")]
     )
     main_table.loc[main_table.label == "KL", "ppl_general"] = np.nan
     rules = {
@@ -165,7 +165,7 @@ def folder(tmp_path_factory):
         "requests": made_up(
             [
                 *(
-                    (f"{plots.METHODS[method][0]}, {n} in {m}", method, {"requests": n, "batches": m})
+                    (f"{METHODS[method].label}, {n} in {m}", method, {"requests": n, "batches": m})
                     for method in ("icu", "ga")
                     for n, m in ((1, 1), (8, 1), (64, 1), (512, 1), (64, 8), (512, 8))
                 ),
@@ -239,11 +239,7 @@ def style():
 
 
 def test_every_method_has_a_style_of_its_own():
-    from icu_nb.methods.registry import OBJECTIVES
-
-    assert set(OBJECTIVES) < set(plots.METHODS) == set(LABELS)
-    styles = [style for _, *style in plots.METHODS.values()]
-    assert len(set(map(tuple, styles))) == len(styles)
+    assert set(plots.STYLES) == {method.label for method in METHODS.values()}
     assert all(
         plots.STYLES[label][0] == COLORS[label]
         for label in ("original", "retrained", "ICU", "gradient ascent")

@@ -69,7 +69,7 @@ def run_key(
     profile: str,  # "tiny", "gpu" or "paper"
     data: str,  # "people" or "pile<run>"
     model: str,  # its name
-    method: str,  # a name of `OBJECTIVES`, or a yardstick
+    method: str,  # a key of `METHODS`
     seed: int,  # of data, weights and order
     settings: str,  # JSON
 ) -> str:  # 12 hex digits

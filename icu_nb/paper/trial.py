@@ -62,7 +62,7 @@ from icu_nb.iur import (
 )
 from ..language_model import evaluating
 from ..methods.edits import add_vector, task_vector
-from ..methods.registry import get_objective
+from ..methods.registry import get_method
 from ..metrics import memorization_accuracy, perplexity
 from ..models.loading import add_lora, load_model
 from ..models.tiny import memorize, tiny_gpt_neo, train_tokenizer
@@ -83,7 +83,7 @@ class Trial:
     profile: str  # a key of `PROFILES`
     data: str  # "people" or "pile<run>"
     model: str  # its name
-    method: str  # a name of `OBJECTIVES`, or a yardstick
+    method: str  # a key of `METHODS`
     label: str  # what tables and figures call it
     seed: int  # of data, weights and order
     settings: str  # JSON with sorted keys: everything else that makes the row
@@ -557,7 +557,7 @@ def unlearn_request(
         texts,
         pool_of(options, given),
         config_of(cell, len(texts)),
-        objective=get_objective(cell.method, **options["loss"]),
+        objective=get_method(cell.method).make(**options["loss"]),
         thresholds=goal_of(options, given),
         refinement=watched(refinement, look, noted) if options["watch"] else refinement,
         alternatives=alternatives_for(cell, given, len(texts)),

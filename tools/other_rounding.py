@@ -1,6 +1,6 @@
 """Execute a notebook with the tiny model's first weights changed by about a millionth, as another processor's rounding would: which cells fail then?
 
-python .ci/other_rounding.py NOTEBOOK SEED [OUT]    OUT: keep the executed notebook there
+python tools/other_rounding.py NOTEBOOK SEED [OUT]    OUT: keep the executed notebook there
 """
 
 import os
@@ -13,16 +13,16 @@ from nbclient import NotebookClient
 
 NUDGE = """
 import torch
-import icu_nb.models
+import icu_nb.models.tiny
 
-def nudged(config, plain=icu_nb.models.GPTNeoForCausalLM):
+def nudged(config, plain=icu_nb.models.tiny.GPTNeoForCausalLM):
     model, draw = plain(config), torch.Generator().manual_seed({seed})
     with torch.no_grad():
         for weights in model.parameters():
             weights.mul_(1 + 1e-6*torch.randn(weights.shape, generator=draw))
     return model
 
-icu_nb.models.GPTNeoForCausalLM = nudged
+icu_nb.models.tiny.GPTNeoForCausalLM = nudged
 """
 
 

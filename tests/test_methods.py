@@ -1,6 +1,7 @@
 """Every baseline against a formula of its own, written here from logits with plain PyTorch in float64; and the steps, plugs and refusals around them."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
 from icu_nb.methods.edits import add_vector, fuse_by_least_squares, retrain, task_vector
 from icu_nb.methods.objectives import layer_states
-from icu_nb.methods.registry import OBJECTIVES, get_objective
+from icu_nb.methods.registry import METHODS, get_method
 from icu_nb.models.loading import add_lora
 from icu_nb.models.tiny import tiny_gpt_neo
 from icu_nb.pairs import Task, prepare_task
@@ -30,8 +31,10 @@ LENGTHS = {
 SETTINGS = {
     "rmu": {"layer": 0, "c": 2.0, "alpha": 3.0}
 }  # the published layer is no layer of so small a model
-METHODS = [name for name in OBJECTIVES if name != "kumpr"]
-methods = pytest.mark.parametrize("name", METHODS)
+NAMES = [
+    name for name, method in METHODS.items() if method.objective and not method.variant_of and name != "kumpr"
+]
+methods = pytest.mark.parametrize("name", NAMES)
 
 
 class Bigram(torch.nn.Module):
@@ -187,7 +190,7 @@ def test_loss_and_gradient_are_those_of_the_formula(name, make, monkeypatch):
         pytest.skip("a table has no layers")
     monkeypatch.setattr("icu_nb.methods.losses.chunk_length", lambda head: 7)  # several chunks
     original, model, reference, work = setting(make(), anything=name == "rmu")
-    terms = get_objective(name, **SETTINGS.get(name, {}))(
+    terms = get_method(name).make(**SETTINGS.get(name, {}))(
         model, work.batch(torch.arange(3), "cpu"), reference
     )
     wanted = getattr(Formulas(model, original, work), name + "_" * (name == "kl"))()
@@ -201,7 +204,7 @@ def test_loss_and_gradient_are_those_of_the_formula(name, make, monkeypatch):
 @methods
 def test_pieces_add_up_to_the_step_exactly(name):
     _, model, reference, work = setting(build("gpt2"), anything=name == "rmu")
-    objective, found = get_objective(name, **SETTINGS.get(name, {})), []
+    objective, found = get_method(name).make(**SETTINGS.get(name, {})), []
     for size in (3, 2, 1):
         model.zero_grad()
         for rows in torch.arange(3).split(size):
@@ -220,7 +223,7 @@ def test_pieces_add_up_to_the_step_exactly(name):
 def test_the_original_is_asked_only_about_what_was_announced(name):
     """With nothing kept but what `remembers` names, as in a run."""
     model, work = build("gpt2"), task()
-    objective = get_objective(name, **SETTINGS.get(name, {}))
+    objective = get_method(name).make(**SETTINGS.get(name, {}))
     parts = {"forget": work.forget, "neighbor": work.neighbors, "alternative": work.alternatives}
     reference = OriginalModel(
         model,
@@ -247,10 +250,10 @@ def test_npo_without_beta_is_gradient_ascent_on_sums():
     _, model, reference, work = setting(build("gpt2"))
     batch = work.batch(torch.tensor([0]), "cpu")
     npo, ascent = (
-        forget_gradient(model, get_objective(*args)(model, batch, reference)) for args in (["npo"], ["ga"])
+        forget_gradient(model, get_method(name).make()(model, batch, reference)) for name in ("npo", "ga")
     )
     assert not torch.allclose(npo, 11 * ascent, rtol=0.01)
-    limit = forget_gradient(model, get_objective("npo", beta=1e-7)(model, batch, reference))
+    limit = forget_gradient(model, get_method("npo").make(beta=1e-7)(model, batch, reference))
     torch.testing.assert_close(limit, 11 * ascent, rtol=0, atol=1e-5)
 
 
@@ -258,11 +261,11 @@ def test_npo_at_the_original_is_its_known_value():
     """Nothing has moved: (2/beta) log 2, with the gradient of ascent."""
     model, work = build("gpt2"), task()
     reference, batch = OriginalModel(model, {"forget": work.forget}), work.batch(torch.tensor([0]), "cpu")
-    terms = get_objective("npo", beta=0.5)(model, batch, reference)
+    terms = get_method("npo").make(beta=0.5)(model, batch, reference)
     assert terms["l_fgt"].item() == pytest.approx(4 * np.log(2))
     torch.testing.assert_close(
         forget_gradient(model, terms),
-        11 * forget_gradient(model, get_objective("ga")(model, batch, reference)),
+        11 * forget_gradient(model, get_method("ga").make()(model, batch, reference)),
         rtol=0,
         atol=1e-9,
     )
@@ -275,7 +278,7 @@ def test_simnpo_of_a_sure_model():
     assert len(set(ids[:5].tolist())) == 5
     with torch.no_grad():
         sure.table[ids[:-1], ids[1:]] = 60.0
-    terms = get_objective("simnpo", beta=2.0, weight=1.0)(sure, work.batch(torch.tensor([0]), "cpu"), None)
+    terms = get_method("simnpo").make(beta=2.0, weight=1.0)(sure, work.batch(torch.tensor([0]), "cpu"), None)
     assert terms["l_fgt"].item() == pytest.approx(np.log(2))  # (2/2) log 2
 
 
@@ -294,8 +297,8 @@ def test_methods_that_become_gradient_ascent(name, settings):
     _, model, reference, work = setting(build("gpt2"))
     batch = work.batch(torch.arange(3), "cpu")
     ours, ascent = (
-        forget_gradient(model, get_objective(*args, **more)(model, batch, reference))
-        for args, more in ((["ga"], {}), ([name], settings))
+        forget_gradient(model, get_method(method).make(**more)(model, batch, reference))
+        for method, more in ((name, settings), ("ga", {}))
     )
     torch.testing.assert_close(ours, ascent, rtol=0, atol=1e-9)
 
@@ -305,7 +308,7 @@ def test_undial_without_beta_starts_at_rest():
     model, work = build("gpt2"), task()
     reference, batch = OriginalModel(model, {"forget": work.forget}), work.batch(torch.arange(3), "cpu")
     at_rest, pushed = (
-        gradients(model, sum(get_objective("undial", beta=beta)(model, batch, reference).values()))
+        gradients(model, sum(get_method("undial").make(beta=beta)(model, batch, reference).values()))
         for beta in (0, 10)
     )
     assert at_rest.abs().max() < 1e-12 < 1e-3 < pushed.abs().max()
@@ -314,7 +317,7 @@ def test_undial_without_beta_starts_at_rest():
 def test_dpo_at_the_original_is_indifferent():
     model, work = build("gpt2"), task()
     reference = OriginalModel(model, {"forget": work.forget, "alternative": work.alternatives})
-    assert get_objective("dpo")(model, work.batch(torch.arange(3), "cpu"), reference)[
+    assert get_method("dpo").make()(model, work.batch(torch.arange(3), "cpu"), reference)[
         "l_fgt"
     ].item() == pytest.approx(np.log(2))
 
@@ -327,9 +330,9 @@ def test_rmu_trains_no_layer_behind_its_own():
     gradients(
         model,
         sum(
-            get_objective("rmu", **SETTINGS["rmu"])(
-                model, work.batch(torch.arange(3), "cpu"), reference
-            ).values()
+            get_method("rmu")
+            .make(**SETTINGS["rmu"])(model, work.batch(torch.arange(3), "cpu"), reference)
+            .values()
         ),
     )
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -352,7 +355,7 @@ def test_a_step_under_ddp(name):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         _, model, reference, work = setting(build("gpt2"), anything=name == "rmu")
-        objective, batch = get_objective(name, **SETTINGS.get(name, {})), work.batch(torch.arange(3), "cpu")
+        objective, batch = get_method(name).make(**SETTINGS.get(name, {})), work.batch(torch.arange(3), "cpu")
         alone = {
             n: g.clone()
             for n, g in (
@@ -392,11 +395,11 @@ def test_fusing_one_request_changes_nothing_and_two_are_a_compromise():
 # ---- in the loop ----
 
 
-@pytest.mark.parametrize("name", METHODS)
+@methods
 def test_every_method_runs_in_the_loop(tiny, name):
     """In pieces, too; and whoever pushes the forget texts down has them less likely afterwards."""
     model = add_lora(tiny.copy()) if name == "eul" else tiny.copy()
-    objective = get_objective(name, **({"layer": 0} if name == "rmu" else {}))
+    objective = get_method(name).make(**({"layer": 0} if name == "rmu" else {}))
     result = unlearn(
         model,
         tiny.tokenizer,
@@ -451,7 +454,7 @@ def test_what_a_method_cannot_work_with_is_refused_before_anything_changes(
             tiny.forget,
             tiny.retain,
             tiny.config(),
-            objective=get_objective(name, **settings),
+            objective=get_method(name).make(**settings),
             **more,
         )
     assert tiny.same(model, before)
@@ -464,7 +467,7 @@ def test_alternatives_belong_to_the_run(tiny, tmp_path):
         tiny.forget,
         tiny.retain,
         tiny.config(max_epochs=1),
-        objective=get_objective("dpo"),
+        objective=get_method("dpo").make(),
         thresholds=NEVER,
         alternatives=said,
         checkpoint_dir=tmp_path,
@@ -492,24 +495,32 @@ def test_alternatives_stand_in_the_order_of_the_forget_texts(tiny):
 
 
 def test_unknown_names_and_settings_list_the_known_ones():
-    with pytest.raises(InputError, match="Known: icu, ga, kumpr, graddiff.*satimp"):
-        get_objective("gradiff")
+    with pytest.raises(
+        InputError, match="Known: original, .*icu, icu_published_rule, ga, kumpr, graddiff.*satimp"
+    ):
+        get_method("gradiff")
+    with pytest.raises(
+        InputError, match="'retrained' has no objective: `retrain` makes it. Objectives: icu, "
+    ):
+        get_method("retrained").make()
+    with pytest.raises(InputError, match="'original' has no objective: it is only measured"):
+        get_method("original").make()
     with pytest.raises(InputError, match="`betta`: npo has no such setting. Its settings: beta, alpha"):
-        get_objective("npo", betta=1)
+        get_method("npo").make(betta=1)
     with pytest.raises(InputError, match="none"):
-        get_objective("ga", beta=1)
+        get_method("ga").make(beta=1)
     for name, wrong in [("npo", 0), ("npo", -1), ("npo", float("nan")), ("dpo", "much")]:
         with pytest.raises(InputError, match="beta"):
-            get_objective(name, beta=wrong)
+            get_method(name).make(beta=wrong)
 
 
 def test_a_name_says_which_run_it_was():
     """What a checkpoint and a model card are told by."""
     from icu_nb.checkpoint import name_of
 
-    assert name_of(get_objective("npo", beta=0.2)) == "NPO(beta=0.2, alpha=1.0)" and name_of(
-        get_objective("kumpr")
-    ) == name_of(get_objective("ga"))
+    assert name_of(get_method("npo").make(beta=0.2)) == "NPO(beta=0.2, alpha=1.0)" and name_of(
+        get_method("kumpr").make()
+    ) == name_of(get_method("ga").make())
 
 
 # ---- retraining and task vectors ----
@@ -555,11 +566,23 @@ def test_a_task_vector_leads_to_the_tuned_model_and_back(tiny):
     )
 
 
-def test_published_and_tiny_settings_cover_every_method():
-    from icu_nb.methods.registry import PUBLISHED, TINY
-
-    assert set(OBJECTIVES) <= set(PUBLISHED) <= set(TINY)
-    for name, (learning_rate, settings) in TINY.items():
-        assert 0 < learning_rate <= 0.01 and (
-            name == "task vector" or get_objective(name.split()[0], **settings)
-        )
+def test_every_record_is_complete():
+    """Its key, a style, and settings for every size; a variant differs from its method in settings alone."""
+    for name, method in METHODS.items():
+        trained = method.objective is not None
+        assert method.name == name and method.label and re.fullmatch("#[0-9A-F]{6}", method.color)
+        assert not (trained and method.edit)
+        if trained or name == "task vector":
+            assert method.published and method.source and 0 < method.tuned.learning_rate <= 0.01
+        if trained:
+            method.make(**method.tuned.loss)
+            method.make(**method.published.loss)
+        if method.variant_of:
+            assert METHODS[method.variant_of].objective is method.objective
+            assert (method.refinement, method.tuned) != (
+                METHODS[method.variant_of].refinement,
+                METHODS[method.variant_of].tuned,
+            )
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+    assert len({method.style for method in METHODS.values()}) == len(METHODS)
+    assert {method.refinement for method in METHODS.values()} == {"none", "icu", "published_rule"}
