@@ -16,13 +16,13 @@ import datasets
 import numpy as np
 import torch
 
+from .batch import Batch, Part
 from .cle import choose_neighbors
 from .config import ICUConfig
 from .embedding import embed_checked, model_embedder, sentence_embedder
 from .errors import require
 from .language_model import context_length
 from .metrics import el_positions
-from .objective import Batch, Part
 from .text import Sequences, check_texts, pad, pad_id, tokenize
 
 # %% ../nbs/library/pairs.ipynb #cea55170

@@ -31,6 +31,7 @@ from .errors import ICUError, NonFinite, require
 from .iur import Thresholds, score_forget_set
 from .metrics import extraction_likelihood, memorization_accuracy
 from .models.memory import fuse_activations, recompute_layers
+from .objective import Objective
 from .pairs import Task
 from .plumbing import mixed_precision, seed_everything
 from .reference import OriginalModel
@@ -83,7 +84,7 @@ class Run:
         model,  # trained in place
         task: Task,  # the sequences
         config: ICUConfig,  # the settings
-        objective: Callable,  # (model, batch, reference) -> named loss terms
+        objective: Objective,  # what is minimized
         thresholds: Thresholds,  # its ma and el end the run
         tracker: str | None = None,  # see `unlearn`
         log_dir: str | Path = "runs",  # where trackers that write files write them
@@ -101,7 +102,7 @@ class Run:
         parts = {"forget": task.forget, "neighbor": task.neighbors} | (
             {} if task.alternatives is None else {"alternative": task.alternatives}
         )
-        asked = getattr(objective, "needs_reference", parts)
+        asked = objective.needs_reference
         self.reference = OriginalModel(
             model,
             {name: parts[name] for name in parts if name in asked},

@@ -21,7 +21,7 @@ from .config import ICUConfig
 from .errors import NonFinite
 from .iur import Thresholds, is_forgotten, select_published_rule, thresholds_met
 from .models.loading import source_of
-from .objective import ICU
+from .objective import ICU, as_objective
 from .pairs import prepare_task
 from .result import Log, UnlearnResult
 from icu_nb.run import (
@@ -121,13 +121,13 @@ def unlearn(
             thresholds or Thresholds(),
         ]
     )
-    getattr(objective, "check", lambda model, task: None)(model, task)
+    as_objective(objective).validate(model, task)
     plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
     checkpoints = open_checkpoints(
         checkpoint_dir, resume, lambda: run_identity(model, task, config, thresholds, **plugs)
     )
     run, log, reason, message = (
-        Run(model, task, config, objective, thresholds, tracker, checkpoint_dir or "runs"),
+        Run(model, task, config, as_objective(objective), thresholds, tracker, checkpoint_dir or "runs"),
         Log(),
         None,
         "",

@@ -15,11 +15,11 @@ from icu_nb.config import ICUConfig
 from icu_nb.errors import ICUError
 from icu_nb.iur import Thresholds
 from icu_nb.models.loading import add_lora
-from icu_nb.objective import ICU, gradient_ascent
+from icu_nb.objective import ICU, Objective, gradient_ascent
 from icu_nb.unlearn import unlearn
 
 
-class Watched:
+class Watched(Objective):
     "An objective, with a note of whom this process trains."
 
     needs_reference = ("neighbor",)

@@ -24,8 +24,10 @@ from transformers import (
 )
 
 import icu_nb.cle
-import icu_nb.head
+import icu_nb.embedding
+import icu_nb.models.head
 import icu_nb.unlearn
+from icu_nb.batch import Batch, Part, Term
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
 from icu_nb.config import ICUConfig
 from icu_nb.embedding import cached_embedder, model_embedder
@@ -39,7 +41,7 @@ from icu_nb.models.head import chunk_length, head_losses, last_hidden_states, li
 from icu_nb.models.memory import fuse_activations
 from icu_nb.models.rollouts import greedy_pass, roll_out
 from icu_nb.models.tiny import tiny_gpt_neo
-from icu_nb.objective import ICU, Batch, Part, Term, gradient_ascent, token_terms
+from icu_nb.objective import ICU, Objective, gradient_ascent, token_terms
 from icu_nb.pairs import Task, prepare_task
 from icu_nb.plumbing import mixed_precision, peak_memory
 from icu_nb.reference import OriginalModel
@@ -152,7 +154,7 @@ def setting(family):
 @pytest.mark.parametrize("length", [1, 7, 10_000])
 @families
 def test_losses_and_gradients_are_those_of_whole_logits(family, length, monkeypatch):
-    monkeypatch.setattr(icu_nb.head, "chunk_length", lambda head: length)
+    monkeypatch.setattr(icu_nb.models.head, "chunk_length", lambda head: length)
     model, reference, batch = setting(family)
     assert (linear_head(model) is None) == (family == "gemma2")
     plain, fast = by_hand(model, batch, reference), ICU()(model, batch, reference)
@@ -220,9 +222,9 @@ def test_a_divergence_on_both_parts():
         model,
         batch,
         reference,
-        far=Term("forget", "kl", -1.0),
-        near=Term("neighbor", "kl", 1.0),
-        learn=Term("neighbor", "nll", 0.3),
+        far=Term("forget", kl_loss, -1.0),
+        near=Term("neighbor", kl_loss),
+        learn=Term("neighbor", pair_learning_loss, 0.3),
     )
     for name, part, factor in [("far", "forget", -1), ("near", "neighbor", 1)]:
         one = getattr(batch, part)
@@ -237,9 +239,9 @@ def test_a_divergence_on_both_parts():
 def test_the_head_is_multiplied_once_per_position(monkeypatch):
     """And not at all for padding."""
     model, reference, batch = setting("gpt_neo")
-    multiplied, linear = [], icu_nb.head.F.linear
+    multiplied, linear = [], icu_nb.models.head.F.linear
     monkeypatch.setattr(
-        icu_nb.head,
+        icu_nb.models.head,
         "F",
         types.SimpleNamespace(linear=lambda x, *rest: multiplied.append(len(x)) or linear(x, *rest)),
     )
@@ -297,7 +299,7 @@ def test_the_head_is_put_back_after_an_error():
 
 @families
 def test_greedy_tokens_are_those_of_whole_logits(family, monkeypatch):
-    monkeypatch.setattr("icu_nb.metrics.chunk_length", lambda head: 5)
+    monkeypatch.setattr("icu_nb.models.rollouts.chunk_length", lambda head: 5)
     model, texts = build(family), sequences(FORGET)
     with evaluating(model):
         greedy, _ = greedy_pass(model, texts)
@@ -433,20 +435,21 @@ def test_lora_runs_with_nothing_kept(tiny):
 def test_an_objective_may_ask_about_anything(tiny):
     seen = []
 
-    def objective(model, batch, reference):
-        seen.append(
-            (reference.way, reference.ask(last_hidden_states, batch.together("forget", "neighbor")).shape)
-        )
-        return gradient_ascent(model, batch, reference)
+    class Curious(Objective):
+        needs_reference = ("anything",)
 
-    objective.needs_reference = ("anything",)
+        def __call__(self, model, batch, reference):
+            states = reference.ask(last_hidden_states, batch.together("forget", "neighbor"))
+            seen.append((reference.way, states.shape))
+            return gradient_ascent(model, batch, reference)
+
     unlearn(
         tiny.copy(),
         tiny.tokenizer,
         tiny.forget,
         tiny.retain,
         tiny.config(max_epochs=1),
-        objective=objective,
+        objective=Curious(),
         refinement=None,
     )
     assert seen[0][0] == "copy" and seen[0][1][0] == 8
@@ -907,7 +910,7 @@ def test_a_damaged_file_of_embeddings_is_made_again(cache):
     embedder(["a"])
     (file,) = (cache / "cache").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:40])
-    assert embedder(["a"]).tolist() == [[1, 2]] and icu_nb.cle.load_vectors(file.parent)
+    assert embedder(["a"]).tolist() == [[1, 2]] and icu_nb.embedding.load_vectors(file.parent)
 
 
 def test_an_embedder_that_errs_leaves_nothing_behind(cache):
@@ -956,6 +959,6 @@ def test_neighbors_are_those_of_second_halves(tiny):
     config = tiny.config(n_neighbors=2)
     task = prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, config)
     cut = lambda texts: tiny.tokenizer.batch_decode([row[:48] for row in tiny.tokenizer(texts)["input_ids"]])
-    embedder = icu_nb.cle.second_half(model_embedder(tiny.model, tiny.tokenizer), tiny.tokenizer)
+    embedder = icu_nb.embedding.second_half(model_embedder(tiny.model, tiny.tokenizer), tiny.tokenizer)
     wanted = nearest_neighbors(cut(tiny.forget), cut(tiny.retain), embedder=embedder, k=2)
     assert (task.pairs == wanted).mean() > 0.9  # a cut text may be tokenized otherwise at its end

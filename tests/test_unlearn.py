@@ -15,7 +15,7 @@ import icu_nb.run
 import icu_nb.unlearn
 from icu_nb.iur import Thresholds, is_forgotten
 from icu_nb.metrics import memorization_scores
-from icu_nb.objective import ICU, gradient_ascent
+from icu_nb.objective import ICU, Objective, gradient_ascent
 from icu_nb.result import UnlearnResult
 from icu_nb.text import tokenize
 from icu_nb.unlearn import unlearn
@@ -55,7 +55,7 @@ def run(
     )
 
 
-class Spy:
+class Spy(Objective):
     """An objective that notes what it is asked, and may do something before it answers."""
 
     needs_reference = ("neighbor",)
@@ -340,7 +340,7 @@ def test_a_custom_objective_gets_the_original_it_asked_for(tiny):
     """It says which parts it wants remembered, and its terms become columns."""
     seen = []
 
-    class Distance:
+    class Distance(Objective):
         needs_reference = ("forget",)
 
         def __call__(self, model, batch, reference):

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..batch import Batch, Part, Term
+from ..cle import kl_loss, pair_learning_loss
 from ..errors import require
+from ..kui import forget_terms, unlearning_loss
+from ..language_model import predicted_positions
 from icu_nb.methods.losses import (
     Objective,
-    counted,
     log_p,
     original_answers,
     original_log_probs,
@@ -27,7 +30,7 @@ from icu_nb.methods.losses import (
     token_mean,
 )
 from ..models.head import states_or_logits
-from ..objective import Batch, Part, Term, token_terms
+from ..objective import token_terms
 from ..pairs import Task
 from ..reference import OriginalModel
 from ..text import Sequences
@@ -44,8 +47,8 @@ class GradDiff(Objective):
             model,
             batch,
             reference,
-            l_fgt=Term("forget", "nll", -1.0),
-            l_lrn=Term("neighbor", "nll", self.alpha),
+            **forget_terms(),
+            l_lrn=Term("neighbor", pair_learning_loss, self.alpha),
         )
 
 
@@ -58,7 +61,7 @@ class KL(Objective):
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return token_terms(
-            model, batch, reference, l_fgt=Term("forget", "nll", -1.0), l_kl=Term("neighbor", "kl", self.beta)
+            model, batch, reference, **forget_terms(), l_kl=Term("neighbor", kl_loss, self.beta)
         )
 
 # %% ../../nbs/library/methods/objectives.ipynb #cc1a56b8
@@ -70,7 +73,7 @@ class EUL(Objective):
     gamma: float = 0.2  # weight of the forget texts' loss, ascended
     needs_reference: ClassVar = ("neighbor", "forget")
 
-    def check(self, model, task: Task) -> None:
+    def validate(self, model, task: Task) -> None:
         require(
             hasattr(model, "disable_adapter"),
             "model",
@@ -83,10 +86,10 @@ class EUL(Objective):
             model,
             batch,
             reference,
-            l_kl=Term("neighbor", "kl", 1.0),
-            l_far=Term("forget", "kl", -1.0),
-            l_lrn=Term("neighbor", "nll", self.lam),
-            l_fgt=Term("forget", "nll", -self.gamma),
+            l_kl=Term("neighbor", kl_loss, 1.0),
+            l_far=Term("forget", kl_loss, -1.0),
+            l_lrn=Term("neighbor", pair_learning_loss, self.lam),
+            l_fgt=Term("forget", unlearning_loss, self.gamma),
         )
 
 # %% ../../nbs/library/methods/objectives.ipynb #b145ebc5
@@ -102,7 +105,7 @@ def mismatched(
     )  # row i's neighbors stand side by side
     pairs = Part(r.rows, r.input_ids, r.attention_mask & to_pairs(f.attention_mask))
     found = per_token(log_p, pairs, (to_pairs(answers), head))
-    return -(found.sum(1) / counted(pairs).sum(1).clamp(min=1)).mean()
+    return -(found.sum(1) / predicted_positions(pairs.attention_mask).sum(1).clamp(min=1)).mean()
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class PO(Objective):
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         return {
             "l_other": mismatched(model, batch),
-            **token_terms(model, batch, reference, l_lrn=Term("neighbor", "nll", self.alpha)),
+            **token_terms(model, batch, reference, l_lrn=Term("neighbor", pair_learning_loss, self.alpha)),
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #95daa60c
@@ -160,7 +163,7 @@ class SimNPO(Objective):
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         f, r = token_log_probs(model, batch, "forget", "neighbor")
-        mean = f.sum(1) / counted(batch.forget).sum(1).clamp(min=1)
+        mean = f.sum(1) / predicted_positions(batch.forget.attention_mask).sum(1).clamp(min=1)
         return {
             "l_fgt": -2 / self.beta * self.weight * F.logsigmoid(-self.beta * mean - self.gamma).mean(),
             "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
@@ -175,7 +178,7 @@ class DPO(Objective):
     alpha: float = 1.0  # weight of the neighbors
     needs_reference: ClassVar = ("forget", "alternative")
 
-    def check(self, model, task: Task) -> None:
+    def validate(self, model, task: Task) -> None:
         require(
             task.alternatives is not None,
             "alternatives",
@@ -291,7 +294,7 @@ class RMU(Objective):
     seed: int = 0  # of the random vector
     needs_reference: ClassVar = ("anything",)
 
-    def check(self, model, task: Task) -> None:
+    def validate(self, model, task: Task) -> None:
         n = len(layers_of(model))
         require(
             self.layer in range(n),
@@ -314,7 +317,7 @@ class RMU(Objective):
             difference = (states - wanted)[:, :-1]
             return token_mean(
                 difference.to(torch.promote_types(states.dtype, torch.float32)).square().mean(-1)
-                * counted(part),
+                * predicted_positions(part.attention_mask),
                 part,
             )
 

@@ -9,24 +9,9 @@ __all__ = ['METHODS', 'MethodSettings', 'Method', 'get_method']
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from ..errors import require
-from .edits import retrain, task_vector
-from icu_nb.methods.objectives import (
-    DPO,
-    EUL,
-    KL,
-    LLMU,
-    NPO,
-    PO,
-    RMU,
-    UNDIAL,
-    WGA,
-    GradDiff,
-    SatImp,
-    SimNPO,
-)
-from ..objective import ICU, gradient_ascent
 
 # %% ../../nbs/library/methods/registry.ipynb #9673a782
 @dataclass(frozen=True)
@@ -39,6 +24,12 @@ class MethodSettings:
     loss: Mapping = field(default_factory=dict)  # arguments of the objective
 
 # %% ../../nbs/library/methods/registry.ipynb #20e1ab08
+def _load(path: str) -> Callable:
+    "What `module:name` names. Figures read the records, too, and should not wait for PyTorch."
+    module, name = path.split(":")
+    return getattr(import_module(f"icu_nb.{module}"), name)
+
+
 @dataclass(frozen=True)
 class Method:
     "A method, or a yardstick that no objective makes."
@@ -47,13 +38,23 @@ class Method:
     label: str  # in tables and figures
     color: str  # in figures: a hex string
     marker: str  # in figures: one of matplotlib's
-    objective: Callable | None = None  # a class whose fields are its settings, or the objective itself
-    edit: Callable | None = None  # the function that makes it, where no objective does
+    objective_path: str = ""  # "module:name" in this package: where its objective stands
+    edit_path: str = ""  # the same of the function that makes it, where no objective does
     refinement: str = "none"  # none, icu or published_rule
     published: MethodSettings | None = None  # for large models
     tuned: MethodSettings | None = None  # for the tiny model
     source: str = ""  # of the published settings
     variant_of: str = ""  # the method that it is with other settings
+
+    @property
+    def objective(self) -> Callable | None:
+        "A class whose fields are its settings, or the objective itself; None where there is none."
+        return _load(self.objective_path) if self.objective_path else None
+
+    @property
+    def edit(self) -> Callable | None:
+        "The function that makes it; None where an objective does, or nothing."
+        return _load(self.edit_path) if self.edit_path else None
 
     @property
     def style(self) -> tuple[str, str]:
@@ -88,7 +89,7 @@ class Method:
 # %% ../../nbs/library/methods/registry.ipynb #c192c391
 _YARDSTICKS = (
     Method("original", "original", "#999999", "s"),
-    Method("retrained", "retrained", "#009E73", "D", edit=retrain),
+    Method("retrained", "retrained", "#009E73", "D", edit_path="methods.edits:retrain"),
     Method("random weights", "random weights", "#000000", "X"),
 )
 
@@ -96,7 +97,7 @@ _YARDSTICKS = (
 _TOFU = "TOFU, arXiv 2401.06121"
 _OF_TOFU = MethodSettings(1e-5, 32, 5)
 _OF_ICU = {
-    "objective": ICU,
+    "objective_path": "objective:ICU",
     "published": MethodSettings(5e-6, 8),
     "tuned": MethodSettings(1e-4),
     "source": "arXiv 2407.20271, its code",
@@ -118,7 +119,7 @@ _ASCENT = (
         "gradient ascent",
         "#D55E00",
         "v",
-        gradient_ascent,
+        "objective:GradientAscent",
         published=_OF_TOFU,
         tuned=MethodSettings(3e-5),
         source=_TOFU,
@@ -128,7 +129,7 @@ _ASCENT = (
         "KUMPR",
         "#7F3700",
         "d",
-        gradient_ascent,
+        "objective:GradientAscent",
         published=MethodSettings(5e-5, 32, 20),
         tuned=MethodSettings(3e-4),
         source="arXiv 2210.01504, its code: all 32 texts in one step",
@@ -138,12 +139,21 @@ _ASCENT = (
         "GradDiff",
         "#E69F00",
         ">",
-        GradDiff,
+        "methods.objectives:GradDiff",
         published=_OF_TOFU,
         tuned=MethodSettings(1e-4),
         source=_TOFU,
     ),
-    Method("kl", "KL", "#56B4E9", "<", KL, published=_OF_TOFU, tuned=MethodSettings(1e-4), source=_TOFU),
+    Method(
+        "kl",
+        "KL",
+        "#56B4E9",
+        "<",
+        "methods.objectives:KL",
+        published=_OF_TOFU,
+        tuned=MethodSettings(1e-4),
+        source=_TOFU,
+    ),
 )
 
 # %% ../../nbs/library/methods/registry.ipynb #7de99a31
@@ -153,18 +163,27 @@ _OTHER_ANSWERS = (
         "LLMU",
         "#332288",
         "p",
-        LLMU,
+        "methods.objectives:LLMU",
         published=MethodSettings(2e-6, 2),
         tuned=MethodSettings(1e-4),
         source="arXiv 2310.10683, its code: 1,000 steps",
     ),
-    Method("po", "PO", "#999933", "p", PO, published=_OF_TOFU, tuned=MethodSettings(3e-4), source=_TOFU),
+    Method(
+        "po",
+        "PO",
+        "#999933",
+        "p",
+        "methods.objectives:PO",
+        published=_OF_TOFU,
+        tuned=MethodSettings(3e-4),
+        source=_TOFU,
+    ),
     Method(
         "dpo",
         "DPO",
         "#AA4499",
         "h",
-        DPO,
+        "methods.objectives:DPO",
         published=_OF_TOFU,
         tuned=MethodSettings(3e-3, loss={"beta": 0.02}),
         source=_TOFU,
@@ -174,7 +193,7 @@ _OTHER_ANSWERS = (
         "EUL",
         "#44AA99",
         "8",
-        EUL,
+        "methods.objectives:EUL",
         published=MethodSettings(),
         tuned=MethodSettings(1e-2),
         source="arXiv 2310.20150: not checked",
@@ -183,7 +202,7 @@ _OTHER_ANSWERS = (
 
 # %% ../../nbs/library/methods/registry.ipynb #05b334c3
 _OF_NPO = {
-    "objective": NPO,
+    "objective_path": "methods.objectives:NPO",
     "published": MethodSettings(1e-5, 32, 10),
     "source": "arXiv 2404.05868, its code",
 }
@@ -204,7 +223,7 @@ _PREFERENCE = (
         "SimNPO",
         "#CC6677",
         "^",
-        SimNPO,
+        "methods.objectives:SimNPO",
         published=MethodSettings(1e-5, 32, 10),
         tuned=MethodSettings(3e-4, loss={"beta": 1.0, "weight": 1.0}),
         source="open-unlearning",
@@ -218,7 +237,7 @@ _LAYERS_AND_TOKENS = (
         "RMU",
         "#B8A038",
         "d",
-        RMU,
+        "methods.objectives:RMU",
         published=MethodSettings(5e-5, 4),
         tuned=MethodSettings(3e-4, loss={"layer": 1, "alpha": 1.0}),
         source="arXiv 2403.03218, its code: 150 steps",
@@ -228,7 +247,7 @@ _LAYERS_AND_TOKENS = (
         "UNDIAL",
         "#661100",
         "s",
-        UNDIAL,
+        "methods.objectives:UNDIAL",
         published=MethodSettings(1e-4, 16, 10),
         tuned=MethodSettings(1e-3),
         source="open-unlearning; with LoRA",
@@ -238,7 +257,7 @@ _LAYERS_AND_TOKENS = (
         "WGA",
         "#882255",
         "P",
-        WGA,
+        "methods.objectives:WGA",
         published=MethodSettings(1e-5, 16, 5),
         tuned=MethodSettings(1e-4),
         source="open-unlearning",
@@ -248,7 +267,7 @@ _LAYERS_AND_TOKENS = (
         "SatImp",
         "#117733",
         "D",
-        SatImp,
+        "methods.objectives:SatImp",
         published=MethodSettings(1e-5, 16, 5),
         tuned=MethodSettings(1e-3, loss={"weight": 1.0, "alpha": 0.1}),
         source="open-unlearning",
@@ -262,7 +281,7 @@ _EDITS = (
         "task vector",
         "#555555",
         "8",
-        edit=task_vector,
+        edit_path="methods.edits:task_vector",
         published=MethodSettings(1e-5, 32, 5),
         tuned=MethodSettings(5e-3),
         source="arXiv 2212.04089, GPT-2",
