@@ -20,23 +20,17 @@ from .language_model import context_length
 from .plumbing import best_device
 
 # %% ../nbs/library/text_scores.ipynb #9a8b8c44
-logging.getLogger("sacrebleu").setLevel(
-    logging.ERROR
-)  # it recommends another variant than the one defined here
+logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it recommends another variant than this one
 _bleu = BLEU(smooth_method="none", lowercase=True, effective_order=False)
 
 
 def sentence_bleu(
-    generate_continuations: list[str],  # what the model said
-    references: list[str],  # what stands there
+    continuations: list[str],  # what the model wrote
+    references: list[str],  # the true texts
 ) -> np.ndarray:  # float array [n] in [0, 1]
     "BLEU-4 per sentence, lower case, unsmoothed: 0 unless some four words in a row are shared (sacrebleu)."
-    return np.array(
-        [
-            _bleu.sentence_score(said, [truth]).score / 100
-            for said, truth in zip(generate_continuations, references, strict=True)
-        ]
-    )
+    pairs = zip(continuations, references, strict=True)
+    return np.array([_bleu.sentence_score(text, [truth]).score / 100 for text, truth in pairs])
 
 # %% ../nbs/library/text_scores.ipynb #736b4aee
 class BERTScorer:
@@ -44,83 +38,81 @@ class BERTScorer:
 
     def __init__(
         self,
-        encoder: str,  # name or folder of a Hugging Face encoder; bert-base-uncased where nothing else is said
+        encoder: str,  # name or folder of a Hugging Face encoder, for example bert-base-uncased
     ):
         from torchmetrics.text.bert import BERTScore
 
         try:
-            self.tokenizer, model = (
-                AutoTokenizer.from_pretrained(encoder),
-                AutoModel.from_pretrained(encoder).eval(),
-            )
+            self._tokenizer = AutoTokenizer.from_pretrained(encoder)
+            model = AutoModel.from_pretrained(encoder).eval()
         except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise InputError(
-                f"`encoder`: {str(encoder)!r} cannot be loaded. Name a folder made by save_pretrained, or check the name and the network. ({str(error).splitlines()[0]})"
+                f"`encoder`: {str(encoder)!r} cannot be loaded. Name a folder made by save_pretrained, "
+                f"or check the name and the network. ({reason})"
             ) from error
-        self.model, self.vectors = model.to(best_device()), {}
-        self.longest = min(512, self.tokenizer.model_max_length, context_length(model))
-        self.metric = BERTScore(
-            model=self.model,
-            user_tokenizer=lambda texts, max_length: self.tokens(texts),
-            user_forward_fn=self.recall,
-            max_length=self.longest,
+        self._model = model.to(best_device())
+        self._vectors: dict[tuple, torch.Tensor] = {}  # tokens of a text -> its last layer
+        self._longest = min(512, self._tokenizer.model_max_length, context_length(model))
+        self._metric = BERTScore(
+            model=self._model,
+            user_tokenizer=lambda texts, max_length: self._tokens(texts),
+            user_forward_fn=self._known_states,
+            max_length=self._longest,
             device=best_device(),
         )
 
     def __call__(
         self,
-        generate_continuations: list[str],  # what the model said
-        references: list[str],  # what stands there; their vectors are kept for the next call
+        continuations: list[str],  # what the model wrote
+        references: list[str],  # the true texts; their vectors are kept for the next call
     ) -> np.ndarray:  # float array [n]; 0 where one of the two is empty
-        self.read([text for text in references if text.strip()])
-        known = set(self.vectors)
-        self.read([text for text in generate_continuations if text.strip()])
+        self._read([text for text in references if text.strip()])
+        known = set(self._vectors)
+        self._read([text for text in continuations if text.strip()])
         # One pair at a time: torchmetrics 1.9 sorts a list by length and does not put it back in order.
-        scores = np.array([self.one(*pair) for pair in zip(generate_continuations, references, strict=True)])
-        self.vectors = {key: self.vectors[key] for key in known}
+        scores = np.array([self._f1(*pair) for pair in zip(continuations, references, strict=True)])
+        self._vectors = {key: self._vectors[key] for key in known}
         return scores
 
-    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         "Token ids and mask, as the encoder wants them."
-        return self.tokenizer(
+        return self._tokenizer(
             texts,
             padding=True,
             padding_side="right",
             truncation=True,
-            max_length=self.longest,
+            max_length=self._longest,
             return_tensors="pt",
         )
 
-    def read(self, texts: list[str], batch_size: int = 32) -> None:
-        "Remember the encoder's last layer for texts that it has not read yet."
+    def _read(self, texts: list[str], batch_size: int = 32) -> None:
+        "Keep the encoder's last layer of texts that it has not read yet."
         for k in range(0, len(texts), batch_size):
-            batch = self.tokens(texts[k : k + batch_size])
-            keys = [
-                tuple(ids[mask.bool()].tolist())
-                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=False)
-            ]
-            new = [i for i, key in enumerate(keys) if key not in self.vectors]
-            if new:
-                ids, mask = (
-                    batch[name][new].to(self.model.device) for name in ("input_ids", "attention_mask")
-                )
-                with torch.no_grad():
-                    states = self.model(ids, mask).last_hidden_state
-                self.vectors |= {
-                    keys[i]: state[: len(keys[i])] for i, state in zip(new, states, strict=False)
-                }
+            batch = self._tokens(texts[k : k + batch_size])
+            rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            keys = [tuple(ids[mask.bool()].tolist()) for ids, mask in rows]
+            new = [i for i, key in enumerate(keys) if key not in self._vectors]
+            if not new:
+                continue
+            ids = batch["input_ids"][new].to(self._model.device)
+            mask = batch["attention_mask"][new].to(self._model.device)
+            with torch.no_grad():
+                states = self._model(ids, mask).last_hidden_state
+            for i, state in zip(new, states, strict=True):
+                self._vectors[keys[i]] = state[: len(keys[i])]
 
-    def recall(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        "What torchmetrics asks in place of the encoder; a copy, because it normalizes in place."
-        return self.vectors[tuple(batch["input_ids"][0].tolist())][None].clone()
+    def _known_states(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        "What torchmetrics calls in place of the encoder; a copy, because it normalizes in place."
+        return self._vectors[tuple(batch["input_ids"][0].tolist())][None].clone()
 
-    def one(self, continuation: str, reference: str) -> float:
+    def _f1(self, continuation: str, reference: str) -> float:
         "F1 of one pair."
         if not (continuation.strip() and reference.strip()):
             return 0.0
-        self.metric.reset()
-        self.metric.update([continuation], [reference])
-        return float(self.metric.compute()["f1"])
+        self._metric.reset()
+        self._metric.update([continuation], [reference])
+        return float(self._metric.compute()["f1"])
 
 # %% ../nbs/library/text_scores.ipynb #f7a3e58d
 def token_entropy(

@@ -13,12 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
-from icu_nb import data
 from icu_nb.data.corpus import split
-from icu_nb.data.files import PUBLIC_FILES, download
+from icu_nb.data.files import PUBLIC_FILES, _download, data_file
 from icu_nb.data.general import documentation_paragraphs
-from icu_nb.data.people import FORMAL, TEMPLATES, people, people_corpus
-from icu_nb.data.pile import pile_corpus, pile_extraction
+from icu_nb.data.people import TEMPLATES, people, people_corpus
+from icu_nb.data.pile import gpt2_tokenizer, pile_corpus, pile_extraction
 from icu_nb.data.sources import load_corpus
 from icu_nb.errors import DownloadError, InputError
 from icu_nb.text import (
@@ -34,6 +33,7 @@ from icu_nb.text import (
 
 RUNS = range(3)  # those in the shared folder
 SETS = ["forget", "retain", "heldout", "general_train", "general_test"]
+FORMAL = {"staff file", "clinic letter", "bank form", "police report"}
 
 
 def files_in(folder):
@@ -57,7 +57,7 @@ def template_of(record):
 def test_people_come_in_many_templates_and_two_registers():
     used = {template_of(record) for record in people(200)}
     assert len(used) >= 6 and used == {*TEMPLATES}
-    assert len(used & {*FORMAL}) >= 3 and len(used - {*FORMAL}) >= 3
+    assert len(used & FORMAL) >= 3 and len(used - FORMAL) >= 3
 
 
 @pytest.mark.parametrize("field", ["name", "street", "city", "phone", "email", "company", "birth"])
@@ -127,7 +127,10 @@ def test_split_gives_disjoint_parts():
 def test_deduplication():
     known = "the quick brown fox jumps over the lazy dog and runs far away into the deep dark wood tonight"
     mostly = known.replace("tonight", "again")
-    fresh = "an entirely different sentence about boats and harbors that nobody has ever written down before today in any book"
+    fresh = (
+        "an entirely different sentence about boats and harbors "
+        "that nobody has ever written down before today in any book"
+    )
     assert deduplicate([known, mostly, fresh, fresh], against=[known]) == [fresh]
     assert deduplicate([mostly], against=[known], max_overlap=1.0) == [mostly]
     assert deduplicate([known.upper()], against=[known]) == []
@@ -193,7 +196,7 @@ def test_another_column(tmp_path):
     path = tmp_path / "letters.csv"
     pd.DataFrame({"letter": TEXTS}).to_csv(path, index=False)
     assert read_texts(path, column="letter") == TEXTS
-    with pytest.raises(InputError, match="`column`.*letter"):
+    with pytest.raises(InputError, match=r"`column`.*letter"):
         read_texts(path)
 
 
@@ -319,23 +322,23 @@ def source(tmp_path):
 
 def test_the_right_file_is_kept_and_fetched_once(source, tmp_path):
     target = tmp_path / "cache" / "file.npy"
-    assert download(source.as_uri(), SHA, target).read_bytes() == CONTENT
+    assert _download(source.as_uri(), SHA, target).read_bytes() == CONTENT
     url = source.as_uri()
     source.unlink()
-    assert download(url, SHA, target) == target
+    assert _download(url, SHA, target) == target
     assert files_in(target.parent) == [target]
 
 
 def test_a_file_with_another_checksum_is_not_kept(source, tmp_path):
     with pytest.raises(DownloadError, match="SHA-256"):
-        download(source.as_uri(), "0" * 64, tmp_path / "cache" / "file.npy")
+        _download(source.as_uri(), "0" * 64, tmp_path / "cache" / "file.npy")
     assert not files_in(tmp_path / "cache") if (tmp_path / "cache").exists() else True
 
 
 def test_a_damaged_copy_is_fetched_again(source, tmp_path):
     target = tmp_path / "file.npy"
     target.write_bytes(b"half of it")
-    assert download(source.as_uri(), SHA, target).read_bytes() == CONTENT
+    assert _download(source.as_uri(), SHA, target).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -355,7 +358,7 @@ def test_a_closed_port(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody answers
         with pytest.raises(DownloadError, match="cannot be reached"):
-            download(f"http://127.0.0.1:{unused.getsockname()[1]}/file.npy", SHA, tmp_path / "file.npy")
+            _download(f"http://127.0.0.1:{unused.getsockname()[1]}/file.npy", SHA, tmp_path / "file.npy")
 
 
 @pytest.mark.parametrize(
@@ -364,7 +367,7 @@ def test_a_closed_port(tmp_path):
         (lambda: pile_extraction(5), "run"),
         (lambda: pile_extraction(-1), "run"),
         (lambda: pile_extraction("0"), "run"),
-        (lambda: data.data_file("pile/run9.npy"), "name"),
+        (lambda: data_file("pile/run9.npy"), "name"),
         (lambda: pile_extraction(0, "no/such/folder"), "data_dir"),
         (lambda: pile_corpus(129), "n_forget"),
         (lambda: pile_corpus(0), "n_forget"),
@@ -382,7 +385,7 @@ def test_unknown_names_and_impossible_numbers(cache, call, argument):
 
 
 def test_a_folder_without_the_file(cache):
-    with pytest.raises(InputError, match="`data_dir`.*forget_tokens.npy"):
+    with pytest.raises(InputError, match=r"`data_dir`.*forget_tokens\.npy"):
         pile_extraction(0, cache)
 
 
@@ -413,7 +416,7 @@ def test_the_folder_may_be_named_in_the_environment(shared_data, monkeypatch):
 @pytest.fixture(scope="module")
 def pile_texts(shared_data):
     """(part, run) -> the texts of a run."""
-    tokenizer = data.gpt2_tokenizer(shared_data)
+    tokenizer = gpt2_tokenizer(shared_data)
     runs = {run: pile_extraction(run, shared_data) for run in RUNS}
     return {
         (part, run): tokenizer.batch_decode(rows[part][:])

@@ -789,7 +789,7 @@ def test_rollouts_do_not_copy_their_cache(family, monkeypatch):
     with evaluating(model):
         greedy, cache = greedy_pass(model, texts, use_cache=True)
         needed = [list(range(4, 9))] * 3
-        wanted = icu_nb.metrics.roll_out(model, texts, greedy, cache, needed)
+        wanted = roll_out(model, texts, greedy, cache, needed)
         monkeypatch.setattr(
             torch,
             "cat",
@@ -797,7 +797,7 @@ def test_rollouts_do_not_copy_their_cache(family, monkeypatch):
                 concatenated.append([t.shape[-2:] for t in tensors]) or cat(tensors, *args, **rest)
             ),
         )
-        assert icu_nb.metrics.roll_out(model, texts, greedy, cache, needed) == wanted
+        assert roll_out(model, texts, greedy, cache, needed) == wanted
     assert not [shapes for shapes in concatenated if shapes[0][0] > shapes[1][0] == 1]
 
 
@@ -857,9 +857,9 @@ def scorer(tmp_path):
 
 
 def test_references_are_read_once_per_run(scorer, monkeypatch):
-    read, forward = [], scorer.model.forward
+    read, forward = [], scorer._model.forward
     monkeypatch.setattr(
-        scorer.model,
+        scorer._model,
         "forward",
         lambda ids, *args, **rest: read.append(len(ids)) or forward(ids, *args, **rest),
     )
@@ -867,17 +867,17 @@ def test_references_are_read_once_per_run(scorer, monkeypatch):
     first = scorer(said, truths)
     assert sum(read) == 4
     again = scorer(said, truths)
-    assert sum(read) == 6 and np.allclose(first, again, atol=1e-6) and len(scorer.vectors) == 2
+    assert sum(read) == 6 and np.allclose(first, again, atol=1e-6) and len(scorer._vectors) == 2
 
 
 def test_batched_reading_scores_as_torchmetrics_does(scorer):
     from torchmetrics.text.bert import BERTScore
 
     plain = BERTScore(
-        model=scorer.model,
-        user_tokenizer=lambda texts, max_length: scorer.tokens(texts),
+        model=scorer._model,
+        user_tokenizer=lambda texts, max_length: scorer._tokens(texts),
         max_length=64,
-        device=scorer.model.device,
+        device=scorer._model.device,
     )
     truths, said = ["a b c", "d e", "f g h a b"], ["a b", "c c c c", "f g"]
     wanted = []

@@ -30,14 +30,13 @@ from transformers import (
 
 from icu_nb.errors import InputError
 from icu_nb.metrics import (
-    el_positions,
     extraction_likelihood,
     memorization_accuracy,
     memorization_scores,
     perplexity,
 )
 from icu_nb.models.rollouts import needed_rollouts
-from icu_nb.text import pad
+from icu_nb.text import el_positions, pad
 from icu_nb.text_scores import BERTScorer, distinct_n, sentence_bleu, token_entropy
 
 VOCAB, CONTEXT = 29, 16

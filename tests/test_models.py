@@ -5,7 +5,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import icu_nb.models
+import icu_nb.models.tiny
 from icu_nb.data.people import people
 from icu_nb.models.tiny import memorize, random_starts, tiny_gpt_neo, train_tokenizer
 
@@ -50,7 +50,7 @@ def test_another_recipe_is_trained(epochs_trained, change):
 
 def test_another_training_code_is_trained(epochs_trained, monkeypatch):
     assert epochs_trained() == 2
-    monkeypatch.setattr(icu_nb.models, "random_starts", lambda tokens, generator: tokens)
+    monkeypatch.setattr(icu_nb.models.tiny, "random_starts", lambda tokens, generator: tokens)
     assert epochs_trained() == 2
 
 

@@ -17,7 +17,7 @@ from icu_nb import data, utility
 from icu_nb.data.corpus import Corpus
 from icu_nb.data.files import PUBLIC_FILES
 from icu_nb.data.general import dialogue_turns
-from icu_nb.data.people import TEMPLATES, people, person
+from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
 from icu_nb.evals.utility import (
     FILE_TASKS,
@@ -130,7 +130,7 @@ def test_facts_are_those_the_record_was_made_of():
         "job": [pool.job().lower() for _ in range(40)],
     }
     for _ in range(40):
-        facts = person(faker, shared, rng)
+        facts = _person(faker, shared, rng)
         for template in TEMPLATES.values():
             assert find_facts(template.format(**facts)).groupdict() == facts
 

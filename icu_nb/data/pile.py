@@ -7,22 +7,26 @@ __all__ = ['gpt2_tokenizer', 'pile_extraction', 'local_runs', 'full_extraction_s
 
 # %% ../../nbs/library/data/pile.ipynb #de82803f
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
 
 from .corpus import Corpus, split
 from .files import data_file, data_folder
-from .general import dialogues, general_split, wikitext
+from .general import DIALOGUES, dialogue_turns, general_split, validation_texts
 from ..errors import DownloadError, InputError, require
 from ..text import deduplicate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/library/data/pile.ipynb #2224f1e5
 def gpt2_tokenizer(
     data_dir: str
     | Path
-    | None = None,  # a folder with gpt2_tokenizer/vocab.json and merges.txt; else from the Hub
-):
+    | None = None,  # a folder with gpt2_tokenizer/vocab.json and merges.txt; else the Hub
+) -> "PreTrainedTokenizerBase":
     "GPT-2's tokenizer, which GPT-Neo and the published token files use."
     from tokenizers import ByteLevelBPETokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -33,28 +37,34 @@ def gpt2_tokenizer(
             return AutoTokenizer.from_pretrained("openai-community/gpt2")
         except OSError as error:
             raise DownloadError(
-                "GPT-2's tokenizer cannot be downloaded. Check the network, or put vocab.json and merges.txt into <data_dir>/gpt2_tokenizer."
+                "GPT-2's tokenizer cannot be downloaded. Check the network, or put vocab.json and merges.txt "
+                "into <data_dir>/gpt2_tokenizer."
             ) from error
     # transformers 5 loads an empty vocabulary from these two files without a word; tokenizers reads them.
-    bpe = ByteLevelBPETokenizer.from_file(
-        str(folder / "gpt2_tokenizer" / "vocab.json"), str(folder / "gpt2_tokenizer" / "merges.txt")
-    )
+    vocabulary, merges = (str(folder / "gpt2_tokenizer" / name) for name in ("vocab.json", "merges.txt"))
+    bpe = ByteLevelBPETokenizer.from_file(vocabulary, merges)
     bpe.add_special_tokens(["<|endoftext|>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
     )
 
 # %% ../../nbs/library/data/pile.ipynb #47c14881
+def _check_run(run: int) -> None:
+    require(run in range(5), "run", f"there is no run {run!r}", "Choose 0, 1, 2, 3 or 4")
+
+
+def _load_tokens(run: int, part: str, data_dir: str | Path | None) -> np.ndarray:
+    return np.load(data_file(f"pile_extraction/run{run}/{part}_tokens.npy", data_dir)).astype(np.int64)
+
+
 def pile_extraction(
     run: int = 0,  # which of the paper's five draws, 0 to 4
     data_dir: str | Path | None = None,  # see `data_folder`
-) -> datasets.Dataset:
-    "The paper's own data: 128 rows of `input_ids` (200 GPT-2 tokens, to forget) and `neighbor_input_ids` (their published nearest neighbors)."
-    require(run in range(5), "run", f"there is no run {run!r}", "Choose 0, 1, 2, 3 or 4")
-    load = lambda part: np.load(data_file(f"pile_extraction/run{run}/{part}_tokens.npy", data_dir)).astype(
-        np.int64
-    )
-    return datasets.Dataset.from_dict({"input_ids": load("forget"), "neighbor_input_ids": load("neighbour")})
+) -> datasets.Dataset:  # 128 rows of 200 GPT-2 tokens: `input_ids` and `neighbor_input_ids`
+    "The paper's own data: sequences to forget, and their published nearest neighbors."
+    _check_run(run)
+    forget, neighbors = (_load_tokens(run, part, data_dir) for part in ("forget", "neighbour"))
+    return datasets.Dataset.from_dict({"input_ids": forget, "neighbor_input_ids": neighbors})
 
 
 def local_runs(
@@ -62,11 +72,9 @@ def local_runs(
 ) -> list[int]:
     "The runs at hand: those in the local folder, or all five where files are downloaded."
     folder = data_folder(data_dir)
-    return [
-        k
-        for k in range(5)
-        if folder is None or (folder / f"pile_extraction/run{k}/neighbour_tokens.npy").exists()
-    ]
+    if folder is None:
+        return list(range(5))
+    return [k for k in range(5) if (folder / f"pile_extraction/run{k}/neighbour_tokens.npy").exists()]
 
 # %% ../../nbs/library/data/pile.ipynb #8b871928
 def full_extraction_set(
@@ -90,14 +98,22 @@ def full_extraction_set(
     return rows
 
 # %% ../../nbs/library/data/pile.ipynb #08024dc5
+def _general_texts(data_dir: str | Path | None) -> list[str]:
+    "Three of the paper's dialogue sets, one dialogue per text (the fourth stays unseen), and WikiText."
+    texts = []
+    for name in DIALOGUES[:3]:
+        texts += [" ".join(" ".join(turns).split()) for turns in dialogue_turns(name, data_dir)]
+    return texts + validation_texts("wikitext", data_dir)
+
+
 def pile_corpus(
     n_forget: int = 64,  # sequences to forget, at most 128
     run: int = 0,  # the run they are drawn from
     seed: int = 0,  # draws them, and splits the general text
     data_dir: str | Path | None = None,  # see `data_folder`
 ) -> Corpus:
-    "Real Pile sequences of one run to forget, all published neighbors at hand to retain, another run held out, dialogues and WikiText as general text."
-    require(run in range(5), "run", f"there is no run {run!r}", "Choose 0, 1, 2, 3 or 4")
+    "Pile sequences of one run to forget, all published neighbors at hand to retain, other runs held out."
+    _check_run(run)
     require(
         n_forget in range(1, 129),
         "n_forget",
@@ -112,11 +128,14 @@ def pile_corpus(
         "Add another folder pile_extraction/run<k>",
     )
     tokenizer = gpt2_tokenizer(data_dir)
-    decode = lambda part, k: tokenizer.batch_decode(pile_extraction(k, data_dir)[part][:])
+
+    def decode(part: str, k: int) -> list[str]:
+        return tokenizer.batch_decode(pile_extraction(k, data_dir)[part][:])
+
     (forget,) = split(decode("input_ids", run), [n_forget], seed)
     retain = [text for k in runs for text in decode("neighbor_input_ids", k)]
     retain = [text for text in dict.fromkeys(retain) if text not in set(forget)]
-    general_train, general_test = general_split(dialogues(data_dir) + wikitext(data_dir), 2500, 200, seed)
+    general_train, general_test = general_split(_general_texts(data_dir), 2500, 200, seed)
     candidates = [text for k in runs if k != run for text in decode("input_ids", k)]
     heldout = deduplicate(candidates, forget + retain + general_train)
     (heldout,) = split(heldout, [min(n_forget, len(heldout))], seed)

@@ -32,7 +32,7 @@ from icu_nb.evals.membership import (
 )
 from ..metrics import memorization_scores
 from ..models.loading import merge_lora
-from ..models.tiny import trainer
+from ..models.tiny import make_train_step
 from ..text import Sequences, check_texts, tokenize
 
 # %% ../../nbs/library/evals/audit.ipynb #1faa4ce0
@@ -98,7 +98,7 @@ def relearn(
         tokenize(check_texts(part, name), tokenizer, usable_length(model, max_length))
         for part, name in ((texts, "texts"), (watched, "watched"))
     )
-    step, generator = trainer(model, learning_rate, steps), torch.Generator().manual_seed(seed)
+    step, generator = make_train_step(model, learning_rate, steps), torch.Generator().manual_seed(seed)
     order = torch.cat(
         [torch.randperm(len(shown), generator=generator) for _ in range(steps * batch_size // len(shown) + 1)]
     )

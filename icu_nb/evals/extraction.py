@@ -20,9 +20,8 @@ from ..data.people import TEMPLATES
 from ..errors import require
 from .utility import find_facts
 from ..language_model import context_length, evaluating, generate_continuations, halving_batches
-from ..metrics import real_tokens
 from ..models.rollouts import greedy_pass
-from ..text import Sequences, pad_id
+from ..text import Sequences, pad_id, real_tokens
 
 # %% ../../nbs/library/evals/extraction.ipynb #09c00009
 def strength(
