@@ -69,7 +69,7 @@ def calibrate_thresholds(
         f"texts {long[:5]} are longer than the model's context of {context_length(model)} tokens",
         "Set max_length, or cut them",
     )
-    el_positions(sequences.lengths.tolist(), el_n, el_start, "heldout")
+    el_positions(sequences.lengths.tolist(), el_n, el_start, "heldout", "el_")
     accuracy, likelihood = memorization_scores(
         model, sequences.input_ids, sequences.attention_mask, n=el_n, start=el_start, batch_size=batch_size
     )

@@ -119,7 +119,7 @@ def check_fit(
         f"texts {long[:5]} are longer than the model's context of {context} tokens",
         f"Set max_length={context} in the config, or cut the texts",
     )
-    el_positions([len(row) for row in tokens], config.el_n, config.el_start, "forget")
+    el_positions([len(row) for row in tokens], config.el_n, config.el_start, "forget", "el_")
     require(
         any(p.requires_grad for p in model.parameters()),
         "model",

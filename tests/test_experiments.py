@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -301,7 +302,7 @@ def test_an_interrupt_inside_unlearn_makes_no_row(given, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("icu_nb.unlearn.train_epoch", stop)
+    monkeypatch.setattr(importlib.import_module("icu_nb.unlearn"), "train_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         run_trial(a_cell())
 
