@@ -1,4 +1,4 @@
-"""Every solution passes its checker, every wrong answer hears why, and nothing that a student hands in can break a notebook."""
+"""Every solution passes its checker, every wrong answer hears why, and no answer can break a notebook."""
 
 import ast
 import contextlib
@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from icu_nb import exercises
-from icu_nb.course.exercises import EXERCISES, ask, outline, student_notebook
+from icu_nb.course import exercises
+from icu_nb.course.exercises import EXERCISES, _call_answer, _outline, _student_notebook
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))
@@ -141,12 +141,10 @@ def token_mean_rows(values, mask):
 
 def terms(forget, neighbor):
     def answer(model, batch, reference):
-        ce = lambda part: token_mean(
-            per_token(
-                model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits, part.input_ids
-            ),
-            part.attention_mask,
-        )
+        def ce(part):
+            logits = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
+            return token_mean(per_token(logits, part.input_ids), part.attention_mask)
+
         return {"f": forget * ce(batch.forget), "r": neighbor * ce(batch.neighbor)}
 
     return answer
@@ -421,7 +419,7 @@ def train_a_little(model):
 )
 def test_a_bad_answer_is_one_sentence(answer, argument, like, said):
     with pytest.raises(AssertionError, match=said):
-        ask(answer, argument, like=like)
+        _call_answer(answer, argument, like=like)
 
 
 def endless(x):
@@ -437,7 +435,7 @@ def stubborn(x):
 
 @pytest.mark.parametrize("answer", [endless, stubborn, lambda x: all(iter(lambda: True, False)) or x])
 def test_an_endless_answer_is_stopped(answer, monkeypatch):
-    monkeypatch.setattr(exercises, "LIMIT", 0.2)
+    monkeypatch.setattr(exercises, "_TIME_LIMIT", 0.2)
     before = threading.active_count()
     assert "had not returned after 0.2 seconds" in told("strength", answer)
     assert threading.active_count() == before
@@ -445,7 +443,7 @@ def test_an_endless_answer_is_stopped(answer, monkeypatch):
 
 def test_an_endless_answer_is_stopped_in_any_thread(monkeypatch):
     """No signal is used, which only the main thread could receive."""
-    monkeypatch.setattr(exercises, "LIMIT", 0.2)
+    monkeypatch.setattr(exercises, "_TIME_LIMIT", 0.2)
     said = []
     thread = threading.Thread(target=lambda: said.append(told("strength", endless)))
     thread.start()
@@ -457,11 +455,11 @@ def test_the_user_can_interrupt(monkeypatch):
     def interrupted(self, timeout=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(exercises, "stop", lambda thread: None)
+    monkeypatch.setattr(exercises, "_stop_thread", lambda thread: None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            ask(lambda x: x, 1.0, like=1.0)
+            _call_answer(lambda x: x, 1.0, like=1.0)
 
 
 def test_what_the_checker_cannot_judge_is_one_sentence_too():
@@ -475,7 +473,10 @@ def test_what_the_checker_cannot_judge_is_one_sentence_too():
 
 
 def test_no_traceback_leads_into_a_checker():
-    """IPython prints the lines around each frame, and in a checker these hold the right answer; of the student's own error the frames are shown."""
+    """IPython prints the lines around each frame, which in a checker hold the right answer.
+
+    Of the student's own error the frames are shown.
+    """
 
     def frames(error):
         return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
@@ -500,7 +501,7 @@ def test_no_traceback_leads_into_a_checker():
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.name)
 def test_exercises_are_the_solutions_without_solutions(path):
     student = path.with_name(path.name.replace("solutions_", "exercises_"))
-    assert json.loads(student.read_text(encoding="utf-8")) == student_notebook(
+    assert json.loads(student.read_text(encoding="utf-8")) == _student_notebook(
         json.loads(path.read_text(encoding="utf-8"))
     ), "run make course"
     assert not [c for c in cells(student) if "solution" in c["metadata"].get("tags", []) or c.get("outputs")]
@@ -511,10 +512,18 @@ def test_exercises_are_the_solutions_without_solutions(path):
 
 def test_an_outline_tells_nothing():
     assert (
-        outline("import math\ndef f(x,\n      y): # two\n    return 42\n\ndef g(x): return 42\na, b = 42, 42")
+        _outline(
+            "import math\ndef f(x,\n      y): # two\n    return 42\n\ndef g(x): return 42\na, b = 42, 42"
+        )
         == "def f(x,\n      y): # two\n    ...\n\ndef g(x):\n    ...\n\n(a, b) = ..."
     )
-    assert outline("print(42)") == "..."
+    assert _outline("print(42)") == "..."
+
+
+def section(notebook):
+    """The exercises at the end of a chapter."""
+    last = cells(NBS / f"learn/{notebook}.ipynb", "markdown")[-1]["source"]
+    return last.split("## Exercises")[1].split("\n## ")[0]
 
 
 @each_exercise
@@ -524,18 +533,16 @@ def test_course_and_notebook_describe_the_exercise(name):
     (path,) = (p for p in SOLUTIONS if name in checked(p))
     assert any(f"\n{exercise}\n" in c["source"] for c in cells(path, "markdown"))
     assert {"solution"} <= set(checked(path)[name][0]["metadata"]["tags"])
-    last = cells(NBS / f"{exercise.notebook}.ipynb", "markdown")[-1]["source"]
-    section = last.split("## Exercises")[1].split("\n## ")[0]
-    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", section)  # some are links to the glossary
-    assert str(exercise) in words and f"`check_{name}`" in section
-    assert f"](course/{path.name.replace('solutions_', 'exercises_')})" in section
+    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", section(exercise.notebook))  # some lead to the glossary
+    assert str(exercise) in words and f"`check_{name}`" in words
+    student = path.name.replace("solutions_", "exercises_")
+    assert f"](../course/{student})" in section(exercise.notebook)
 
 
-def test_each_main_notebook_has_three_to_five_exercises():
-    for notebook in dict.fromkeys(e.notebook for e in EXERCISES.values()):
-        last = cells(NBS / f"{notebook}.ipynb", "markdown")[-1]["source"]
-        section = last.split("## Exercises")[1].split("\n## ")[0]
-        assert 3 <= len(re.findall(r"^\d\. ", section, re.M)) <= 5, notebook
-    assert [n[:2] for n in dict.fromkeys(e.notebook for e in EXERCISES.values())] == [
-        f"{i:02}" for i in range(1, 11)
-    ]
+def test_each_chapter_has_exercises():
+    """01 is the map; from 02 on each has three or more that check themselves, in the chapters' order."""
+    chapters = list(dict.fromkeys(exercise.notebook for exercise in EXERCISES.values()))
+    assert [name[:2] for name in chapters] == [f"{i:02}" for i in range(2, 10)]
+    for chapter in chapters:
+        numbers = [int(n) for n in re.findall(r"^(\d+)\. ", section(chapter), re.M)]
+        assert len(numbers) >= 3 and numbers == list(range(1, len(numbers) + 1)), chapter

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from icu_nb.paper.experiments import EXPERIMENTS
+from icu_nb.paper.grids import EXPERIMENTS
 from icu_nb.paper.tables import pool_draws, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
