@@ -7,7 +7,6 @@ __all__ = ['OUTCOMES', 'main']
 
 # %% ../nbs/library/cli.ipynb #220b8e50
 import argparse
-import dataclasses
 import json
 import os
 import re

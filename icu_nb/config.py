@@ -87,7 +87,7 @@ class ICUConfig:
     num_beams: int = _setting(2, "of IUR's continuations")
     stop: str = _setting(
         "thresholds",
-        'when both thresholds are met (ours); "all_forgotten": also when no sequence is left, as the authors do',
+        'when both thresholds are met (ours); "all_forgotten": also when no text is left, as the authors do',
     )
     check_every: int = _setting(1, "epochs from one check to the next; the last epoch is always checked")
     check_steps: int | None = _setting(

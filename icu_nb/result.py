@@ -101,8 +101,9 @@ _CARD = """---
 ---
 # {name}, after unlearning
 
-This model was made from {origin} by making it forget {n} texts with [icu_nb](https://github.com/icu-nb/icu_nb)
-{version}, an implementation of *Learn while Unlearn* (ICU, [arXiv 2407.20271](https://arxiv.org/abs/2407.20271)).
+This model was made from {origin} by making it forget {n} texts with
+[icu_nb](https://github.com/icu-nb/icu_nb) {version}, an implementation of *Learn while Unlearn*
+(ICU, [arXiv 2407.20271](https://arxiv.org/abs/2407.20271)).
 
 ## What was unlearned
 
@@ -124,9 +125,9 @@ thresholds.
 
 ## What this does not say
 
-Low values mean that the model no longer continues these texts when asked as above. They do not say that nothing
-can be extracted by other means, nor what other abilities the model has lost, which was not measured here. Passing
-these metrics is no proof of erasure in the sense of any law.
+Low values mean that the model no longer continues these texts when asked as above. They do not say that
+nothing can be extracted by other means, nor what other abilities the model has lost, which was not measured
+here. Passing these metrics is no proof of erasure in the sense of any law.
 
 Made on {machine}, {day}, with {versions}.
 """
@@ -155,7 +156,7 @@ class UnlearnResult:
 
     model: "PreTrainedModel | PeftModel"  # the model, changed in place
     history: pd.DataFrame  # a row per epoch, 0 before training
-    # A row per forget sequence and epoch. What the model said may be a forgotten text: it is not printed along.
+    # A row per forget sequence and epoch. It may hold forgotten texts, so it is not printed along.
     samples: pd.DataFrame = dataclasses.field(repr=False)
     config: ICUConfig  # its settings
     stop_reason: str  # one of MESSAGES, or non_finite_loss
@@ -222,7 +223,7 @@ class UnlearnResult:
         self,
         folder: str | Path,  # a new or an empty folder
     ) -> Path:  # the folder: model, tokenizer, icu_result.json and README.md, the model card
-        "Save whole or not at all; plain transformers loads the folder. Of several processes the first one writes."
+        "Save whole or not at all, for plain transformers too. Of several processes the first one writes."
         folder = Path(folder)
         if not PartialState().is_main_process:
             return folder

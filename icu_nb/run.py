@@ -68,7 +68,8 @@ def check_environment(
         started == processes,
         "WORLD_SIZE",
         f"{started} processes were started, and accelerate knows of {processes}",
-        "On a CPU set ACCELERATE_USE_CPU=yes; else start them with accelerate launch or torchrun, one per GPU",
+        "On a CPU set ACCELERATE_USE_CPU=yes; else start them with accelerate launch or torchrun,"
+        " one per GPU",
     )
 
 
@@ -88,9 +89,9 @@ def choose_thresholds(
     published = Thresholds()
     if heldout is None:
         warnings.warn(
-            f"Neither `heldout` nor thresholds were given: the published thresholds are used (MA {published.ma},"
-            f" EL {published.el}). They belong to GPT-Neo 125M and the Pile. Give `heldout`, texts of the same"
-            " kind that your model never saw, and it gets its own.",
+            "Neither `heldout` nor thresholds were given: the published thresholds are used"
+            f" (MA {published.ma}, EL {published.el}). They belong to GPT-Neo 125M and the Pile."
+            " Give `heldout`, texts of the same kind that your model never saw, and it gets its own.",
             stacklevel=4,
         )
         return published
@@ -429,7 +430,7 @@ def ending_well(
     model: "PreTrainedModel | PeftModel",  # the one that was given
     progress: Progress,  # gets the reason
 ) -> Iterator[None]:
-    "An interrupt, or a loss that is no number, ends the loop with a reason; the model is unwrapped in any case."
+    "An interrupt, or a loss that is no number, ends the loop with a reason; the model is unwrapped."
     try:
         yield
     except KeyboardInterrupt:

@@ -116,7 +116,7 @@ def unlearn(
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
     forget: Any,  # texts to unlearn: strings, or a `datasets.Dataset` with a `text` or an `input_ids` column
     retain: Any,  # texts that may stay, in which neighbors are looked for: the same forms
-    config: ICUConfig = ICUConfig(),  # noqa: B008 (frozen); the settings
+    config: ICUConfig = ICUConfig(),  # the settings
     *,
     heldout: Any = None,  # texts of the same kind, never seen by the model: they give the thresholds
     thresholds: Thresholds | None = None,  # instead of `heldout`; neither: the published ones, with a warning
