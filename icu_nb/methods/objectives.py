@@ -307,7 +307,7 @@ class RMU(Objective):
         f, r = layer_states(model, batch.together("forget", "neighbor"), self.layer).split(
             [len(batch.forget.rows), len(batch.neighbor.rows)]
         )
-        r0 = reference.ask(
+        r0 = reference.apply(
             lambda original, sequences: layer_states(original, sequences, self.layer),
             batch.together("neighbor"),
         )
