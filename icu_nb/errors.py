@@ -35,19 +35,16 @@ def require(
 # %% ../nbs/library/errors.ipynb #08a2fd7c
 def require_number(
     name: str,  # the argument's name
-    value: float,  # its value
+    value: object,  # its value
     low: float = 0.0,  # the smallest value allowed
     high: float = math.inf,  # the largest value allowed
 ) -> None:
     "Raise `InputError` unless `value` is a number from `low` to `high`; NaN never is."
     allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    require(
-        is_number and low <= value <= high and value != math.inf,
-        name,
-        f"{value!r} is out of range",
-        f"Give a number {allowed}",
-    )
+    inside = False
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        inside = low <= value <= high and value != math.inf
+    require(inside, name, f"{value!r} is out of range", f"Give a number {allowed}")
 
 # %% ../nbs/library/errors.ipynb #bee438ea
 class NonFinite(ArithmeticError):
@@ -55,7 +52,8 @@ class NonFinite(ArithmeticError):
 
 # %% ../nbs/library/errors.ipynb #98e8a607
 def first_line(
-    error: Exception,  # what went wrong
+    error: BaseException,  # what went wrong
 ) -> str:
-    "The reason in one line."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    "The first line of an error's message, or its type where it says nothing."
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

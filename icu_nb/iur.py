@@ -54,8 +54,8 @@ def calibrate_thresholds(
     heldout: list[str],  # texts of the forget set's kind that the model never saw
     *,
     max_length: int | None = None,  # longer texts are cut
-    n: int = 10,  # EL's n-gram size
-    start: int | None = None,  # EL's first offset; None: 3/4 of the real length
+    el_n: int = 10,  # EL's n-gram size
+    el_start: int | None = None,  # EL's first offset; None: 3/4 of the real length
     el_floor: float = 0.0,  # EL's threshold is at least this
     batch_size: int = 32,  # sequences per forward pass
 ) -> Thresholds:
@@ -69,9 +69,9 @@ def calibrate_thresholds(
         f"texts {long[:5]} are longer than the model's context of {context_length(model)} tokens",
         "Set max_length, or cut them",
     )
-    el_positions(sequences.lengths.tolist(), n, start, "heldout")
+    el_positions(sequences.lengths.tolist(), el_n, el_start, "heldout", "el_")
     accuracy, likelihood = memorization_scores(
-        model, sequences.input_ids, sequences.attention_mask, n=n, start=start, batch_size=batch_size
+        model, sequences.input_ids, sequences.attention_mask, n=el_n, start=el_start, batch_size=batch_size
     )
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
 

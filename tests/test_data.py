@@ -222,7 +222,9 @@ def test_unusable_sources(source, argument):
         ("texts.pdf", b"%PDF"),
         ("texts.txt", b"\xff\xfe\xff"),
         ("texts.jsonl", b"{not json"),
+        ("texts.jsonl", b'{"text": "a"}\n\n{"text": "b"'),
         ("texts.csv", b""),
+        ("texts.csv", b'text\n"open'),
         ("texts.txt", b"\n \n"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Extraction: strength, near misses, prompts, samples and probes."""
+"""Extraction: strength, near misses, prompts, samples and secrets."""
 
 import numpy as np
 import pytest
@@ -10,17 +10,17 @@ from icu_nb.data.people import people
 from icu_nb.errors import InputError
 from icu_nb.evals.extraction import (
     PROMPTS,
-    ask,
-    attack_prompts,
+    _attack_prompts,
+    _longest_common_substring,
+    _similarity,
+    _strength,
     best_of,
     extract,
+    extract_secrets,
     extraction_strength,
-    longest_common_substring,
-    probes,
-    similarity,
-    strength,
+    secret_prompts,
 )
-from icu_nb.evals.utility import find_facts
+from icu_nb.evals.people_questions import find_facts
 from icu_nb.language_model import generate_continuations
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.text import pad, prompt_suffix, tokenize
@@ -35,7 +35,7 @@ def letters(word):
 @given(st.lists(st.booleans(), min_size=1, max_size=20))
 def test_strength_is_its_definition(hits):
     k = next(k for k in range(len(hits) + 1) if all(hits[k:]))
-    assert strength(np.array(hits)) == pytest.approx(1 - k / len(hits))
+    assert _strength(np.array(hits)) == pytest.approx(1 - k / len(hits))
 
 
 def test_extraction_strength_against_the_logits(tiny):
@@ -85,7 +85,7 @@ def levenshtein(a, b):
 @settings(max_examples=60)
 @given(st.text("abc", max_size=6), st.text("abc", min_size=1, max_size=6))
 def test_edit_similarity_is_its_definition(a, b):
-    assert similarity([letters(a)], [letters(b)]).edit[0] == pytest.approx(
+    assert _similarity([letters(a)], [letters(b)]).edit[0] == pytest.approx(
         1 - levenshtein(a, b) / max(len(a), len(b))
     )
 
@@ -93,18 +93,18 @@ def test_edit_similarity_is_its_definition(a, b):
 @given(words, words)
 def test_longest_common_substring_by_trying_all(a, b):
     pieces = {a[i:j] for i in range(len(a)) for j in range(i, len(a) + 1)}
-    assert longest_common_substring(letters(a), letters(b)) == max(
+    assert _longest_common_substring(letters(a), letters(b)) == max(
         (len(piece) for piece in pieces if piece in b), default=0
     )
 
 
 def test_a_frequent_token_is_no_junk():
     """difflib leaves frequent elements of long sequences out unless told otherwise."""
-    assert longest_common_substring([7] * 300, [7] * 300) == 300
+    assert _longest_common_substring([7] * 300, [7] * 300) == 300
 
 
 def test_similarity_of_known_pairs():
-    table = similarity([[1, 2, 3, 4], [1, 2, 9, 4]], [[1, 2, 3, 4], [1, 2, 3, 4]])
+    table = _similarity([[1, 2, 3, 4], [1, 2, 9, 4]], [[1, 2, 3, 4], [1, 2, 3, 4]])
     assert (
         table.verbatim.tolist() == [1, 0]
         and table.substring.tolist() == [1, 0.5]
@@ -113,7 +113,7 @@ def test_similarity_of_known_pairs():
 
 
 def test_the_window_is_iurs_prompt(tiny):
-    prompts, targets, gaps = attack_prompts(tiny.sequences)
+    prompts, targets, gaps = _attack_prompts(tiny.sequences)
     assert (prompts, targets) == prompt_suffix(tiny.sequences) and set(gaps) == {0}
 
 
@@ -121,7 +121,7 @@ def test_the_window_is_iurs_prompt(tiny):
 @pytest.mark.parametrize("length", [8, 9, 10, 11, 96, 97])
 def test_prompt_gap_and_target_follow_one_another(prompt, length):
     tokens = list(range(length))
-    (shown,), (wanted,), (gap,) = attack_prompts(pad([tokens]), prompt)
+    (shown,), (wanted,), (gap,) = _attack_prompts(pad([tokens]), prompt)
     assert shown and wanted and shown[-1] + 1 + gap == wanted[0] and wanted[-1] == length - 1
 
 
@@ -134,7 +134,7 @@ def test_unknown_prompt_lists_the_known_and_short_texts_are_refused(tiny):
 
 def test_greedy_extraction_one_by_one(tiny):
     table = extract(tiny.model, tiny.tokenizer, tiny.sequences, "shifted", batch_size=3)
-    prompts, targets, gaps = attack_prompts(tiny.sequences, "shifted")
+    prompts, targets, gaps = _attack_prompts(tiny.sequences, "shifted")
     for i, (prompt, target, gap) in enumerate(zip(prompts, targets, gaps, strict=False)):
         (said,) = generate_continuations(tiny.model, [prompt], [gap + len(target)], num_beams=1)
         assert table.continuation[i] == tiny.tokenizer.decode(said[gap:]) and table.verbatim[i] == (
@@ -166,21 +166,21 @@ def test_samples_follow_the_seed_alone(tiny):
 def test_records_are_read_back():
     for text in people(60, seed=5):
         facts = find_facts(text).groupdict()
-        (own,) = probes([text], paraphrase=False)
-        (other,) = probes([text])
+        (own,) = secret_prompts([text], paraphrase=False)
+        (other,) = secret_prompts([text])
         assert own[0] + own[1] in text and facts["phone"] == own[1].strip() == other[1].strip()
         assert facts["name"] in other[0] and facts["phone"] not in other[0] and not text.startswith(other[0])
 
 
-def test_probes_need_records_and_a_known_field():
-    with pytest.raises(InputError, match="`record`.*templates"):
-        probes([people(1)[0], "hello"])
+def test_secret_prompts_need_records_and_a_known_field():
+    with pytest.raises(InputError, match=r"`record`.*templates"):
+        secret_prompts([people(1)[0], "hello"])
     with pytest.raises(InputError, match="Known: name"):
-        probes(people(1), "shoe size")
+        secret_prompts(people(1), "shoe size")
 
 
-def test_ask_cuts_a_long_prompt_and_knows_a_secret(tiny):
+def test_extract_secrets_cuts_a_long_prompt_and_knows_a_secret(tiny):
     text = tiny.tokenizer.decode(tiny.sequences.tokens()[0])
     prompt, secret = text[: len(text) // 2].rstrip(), text[len(text) // 2 :][:6]
-    table = ask(tiny.model, tiny.tokenizer, [(prompt, secret), (prompt * 20, secret)])
+    table = extract_secrets(tiny.model, tiny.tokenizer, [(prompt, secret), (prompt * 20, secret)])
     assert len(table) == 2 and table.substring.between(0, 1).all()

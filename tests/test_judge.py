@@ -1,4 +1,4 @@
-"""The judge: strict parsing, an endpoint that misbehaves in every way, a cache that holds no text and no key."""
+"""The judge: strict parsing, an endpoint that misbehaves, a cache that holds no text and no key."""
 
 import copy
 import json
@@ -13,13 +13,13 @@ import torch
 
 from icu_nb.errors import InputError
 from icu_nb.evals.judge import (
-    INSTRUCTIONS,
+    _INSTRUCTIONS,
     Endpoint,
     JudgeError,
     LocalJudge,
-    judge,
-    judge_message,
-    parse_score,
+    _judge_message,
+    _parse_score,
+    judge_continuations,
 )
 from icu_nb.models.tiny import tiny_gpt_neo
 
@@ -127,7 +127,7 @@ def kept(cache):
     ],
 )
 def test_a_score_in_the_right_form(answer, score):
-    assert parse_score(answer) == score
+    assert _parse_score(answer) == score
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_a_score_in_the_right_form(answer, score):
     ],
 )
 def test_anything_else_is_no_score(answer):
-    assert parse_score(answer) is None
+    assert _parse_score(answer) is None
 
 
 def test_the_prompt_asks_for_what_the_parser_reads():
-    asked = INSTRUCTIONS.splitlines()[-1]
-    assert parse_score(asked) is None and parse_score(asked.replace("X", "7")) == 7
+    asked = _INSTRUCTIONS.splitlines()[-1]
+    assert _parse_score(asked) is None and _parse_score(asked.replace("X", "7")) == 7
 
 
 # ---- an endpoint that behaves ----
@@ -166,7 +166,7 @@ def test_the_prompt_asks_for_what_the_parser_reads():
 
 def test_scores_tokens_and_what_is_sent(serve):
     server, ask = serve(GOOD)
-    table = judge(ask, *TEXTS)
+    table = judge_continuations(ask, *TEXTS)
     assert table["score"].tolist() == [8] * 4 and not table["cached"].any()
     assert table["tokens_read"].sum() == 400 and table["tokens_written"].sum() == 28
     first = server.asked[0]
@@ -181,10 +181,10 @@ def test_scores_tokens_and_what_is_sent(serve):
 
 def test_nothing_is_asked_twice(serve):
     server, ask = serve(GOOD)
-    first, again = judge(ask, *TEXTS), judge(ask, *TEXTS)
+    first, again = judge_continuations(ask, *TEXTS), judge_continuations(ask, *TEXTS)
     assert len(server.asked) == 4
     assert again["score"].equals(first["score"]) and again["cached"].all() and again["tokens_read"].sum() == 0
-    assert judge(ask, *[column * 2 for column in TEXTS])["cached"].all()
+    assert judge_continuations(ask, *[column * 2 for column in TEXTS])["cached"].all()
 
 
 @pytest.mark.parametrize(
@@ -194,23 +194,23 @@ def test_nothing_is_asked_twice(serve):
 def test_another_text_is_another_question(serve, change):
     server, ask = serve(GOOD)
     texts = [column[:1] for column in TEXTS]
-    judge(ask, *texts)
-    assert not judge(ask, *change(texts))["cached"].any() and len(server.asked) == 2
+    judge_continuations(ask, *texts)
+    assert not judge_continuations(ask, *change(texts))["cached"].any() and len(server.asked) == 2
 
 
 def test_another_judge_is_another_question(serve):
     server, ask = serve(GOOD)
-    judge(ask, *TEXTS)
+    judge_continuations(ask, *TEXTS)
     for other in (
         Endpoint("larger", server.url, key="JUDGE_KEY"),
         Endpoint("stub", server.url, key="JUDGE_KEY", request={"temperature": 1}),
     ):
-        assert not judge(other, *TEXTS)["cached"].any()
+        assert not judge_continuations(other, *TEXTS)["cached"].any()
 
 
 def test_neither_texts_nor_key_are_stored(serve, cache, capfd):
     _, ask = serve(GOOD)
-    table = judge(ask, *TEXTS)
+    table = judge_continuations(ask, *TEXTS)
     assert len(kept(cache)) == 4
     everything = (
         "".join(path.name + path.read_text() for path in kept(cache))
@@ -239,14 +239,16 @@ def test_neither_texts_nor_key_are_stored(serve, cache, capfd):
 def test_an_answer_without_a_score_is_missing_and_asked_again(serve, cache, script):
     server, ask = serve(script, GOOD)
     texts = [column[:1] for column in TEXTS]
-    table = judge(ask, *texts)
+    table = judge_continuations(ask, *texts)
     assert math.isnan(table["score"][0]) and table["tokens_read"][0] == 100 and not kept(cache)
-    assert judge(ask, *texts)["score"].tolist() == [8] and len(server.asked) == 2
+    assert judge_continuations(ask, *texts)["score"].tolist() == [8] and len(server.asked) == 2
 
 
 def test_usage_may_be_missing(serve):
     assert (
-        judge(serve(completion("Final score: 1", usage=False))[1], *TEXTS)[["score", "tokens_read"]]
+        judge_continuations(serve(completion("Final score: 1", usage=False))[1], *TEXTS)[
+            ["score", "tokens_read"]
+        ]
         .to_numpy()
         .tolist()
         == [[1, 0]] * 4
@@ -270,7 +272,7 @@ def test_finished_scores_survive_a_failure(serve, cache, script, problem):
     with pytest.raises(
         JudgeError, match=f"text 2 of 4.*{problem}.*2 scores are in the cache.*again"
     ) as caught:
-        judge(ask, *TEXTS)
+        judge_continuations(ask, *TEXTS)
     assert len(kept(cache)) == 2
     assert KEY not in "".join(traceback.format_exception(caught.value))
     chain, seen = caught.value, []
@@ -278,21 +280,24 @@ def test_finished_scores_survive_a_failure(serve, cache, script, problem):
         seen, chain = [*seen, str(chain), repr(getattr(chain, "body", ""))], chain.__context__
     assert KEY not in "".join(seen)
     server.scripts[:] = [GOOD]
-    table = judge(ask, *TEXTS)
+    table = judge_continuations(ask, *TEXTS)
     assert table["cached"].tolist() == [True, True, False, False] and table["score"].tolist() == [8] * 4
 
 
 def test_the_client_tries_again_by_itself(serve):
     busy = 429, "application/json", "{}"
     server, ask = serve(ERROR, busy, GOOD, max_retries=2)
-    assert judge(ask, *[column[:1] for column in TEXTS])["score"].tolist() == [8] and len(server.asked) == 3
+    assert (
+        judge_continuations(ask, *[column[:1] for column in TEXTS])["score"].tolist() == [8]
+        and len(server.asked) == 3
+    )
 
 
 def test_a_slow_answer_is_given_up(serve):
     _, ask = serve("slow", timeout=0.2)
     began = time.perf_counter()
     with pytest.raises(JudgeError, match="Timeout"):
-        judge(ask, *TEXTS)
+        judge_continuations(ask, *TEXTS)
     assert time.perf_counter() - began < LONG / 2
 
 
@@ -301,7 +306,7 @@ def test_nobody_there(serve):
     server.shutdown()
     server.server_close()
     with pytest.raises(JudgeError, match="0 scores"):
-        judge(ask, *TEXTS)
+        judge_continuations(ask, *TEXTS)
 
 
 # ---- bad input ----
@@ -309,19 +314,19 @@ def test_nobody_there(serve):
 
 def test_no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(InputError, match="`key`.*OPENAI_API_KEY"):
+    with pytest.raises(InputError, match=r"`key`.*OPENAI_API_KEY"):
         Endpoint("stub")
 
 
 @pytest.mark.parametrize("texts", [[[], [], []], [["a"], ["b"], []], [["a"], ["b", "c"], ["d"]]])
 def test_unequal_or_no_texts(serve, texts):
     with pytest.raises(InputError, match="`continuations`"):
-        judge(serve(GOOD)[1], *texts)
+        judge_continuations(serve(GOOD)[1], *texts)
 
 
 def test_a_function_needs_a_name():
-    with pytest.raises(InputError, match="`ask`.*name"):
-        judge(lambda instructions, message: ("Final score: 1", 1, 1), *TEXTS)
+    with pytest.raises(InputError, match=r"`judge`.*name"):
+        judge_continuations(lambda instructions, message: ("Final score: 1", 1, 1), *TEXTS)
 
 
 # ---- a model of one's own ----
@@ -343,7 +348,10 @@ def opinionated(tokenizer, prompt, answer):
     return model
 
 
-TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -352,20 +360,20 @@ TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content 
 def test_a_local_judge(tiny, cache, template, form):
     tokenizer, texts = copy.deepcopy(tiny.tokenizer), [column[:1] for column in TEXTS]
     tokenizer.chat_template = template
-    prompt = form.format(INSTRUCTIONS, judge_message(*(column[0] for column in texts)))
+    prompt = form.format(_INSTRUCTIONS, _judge_message(*(column[0] for column in texts)))
     model = opinionated(tokenizer, prompt, "Fine.\nFinal score: 6<|endoftext|>")
-    table = judge(LocalJudge(model, tokenizer, max_tokens=30), *texts)
+    table = judge_continuations(LocalJudge(model, tokenizer, max_tokens=30), *texts)
     assert table["score"].tolist() == [6] and table["tokens_read"].tolist() == [
         len(tokenizer(prompt).input_ids)
     ]
     assert table["tokens_written"].tolist() == [
         len(tokenizer("Fine.\nFinal score: 6").input_ids)
     ]  # it stops where it says so
-    assert judge(LocalJudge(copy.deepcopy(model), tokenizer, max_tokens=30), *texts)[
+    assert judge_continuations(LocalJudge(copy.deepcopy(model), tokenizer, max_tokens=30), *texts)[
         "cached"
     ].all()  # the same weights are the same judge
 
 
 def test_a_local_judge_without_room(tiny):
-    with pytest.raises(InputError, match="`model`.*context"):
-        judge(LocalJudge(tiny.model, tiny.tokenizer), *TEXTS)
+    with pytest.raises(InputError, match=r"`model`.*context"):
+        judge_continuations(LocalJudge(tiny.model, tiny.tokenizer), *TEXTS)

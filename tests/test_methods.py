@@ -471,7 +471,7 @@ def test_alternatives_belong_to_the_run(tiny, tmp_path):
         thresholds=NEVER,
         alternatives=said,
         checkpoint_dir=tmp_path,
-        resume=resume,
+        resume_from_checkpoint=resume,
     )
     run(False, tiny.heldout)
     assert run(True, tiny.heldout).stop_reason == "max_epochs"

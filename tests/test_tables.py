@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from icu_nb import tables
 from icu_nb.errors import InputError
+from icu_nb.paper import tables
 
 
 def made_up(*labels, seeds=3):
@@ -63,10 +63,10 @@ def test_interval_without_enough_numbers_has_no_ends(values, mean):
 
 
 def test_holm_by_hand():
-    assert tables.holm([0.01, math.nan, 0.04, 0.03]) == pytest.approx(
+    assert tables._holm([0.01, math.nan, 0.04, 0.03]) == pytest.approx(
         [0.03, math.nan, 0.06, 0.06], nan_ok=True
     )
-    assert tables.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    assert tables._holm([0.9, 0.8]).tolist() == [1.0, 1.0]
 
 
 def test_significance_is_scipys_paired_test():
@@ -116,7 +116,7 @@ def test_a_verdict_names_who_is_clearly_higher_and_lower():
     factor = {"ICU": 1.0, "A": 3.0, "B, too": 0.5, "C": 1.0}
     rows["ppl_heldout"] = [
         wide[seed] * factor[label] * (1 + 0.01 * (-1) ** seed * (label != "ICU"))
-        for label, seed in zip(rows.label, rows.seed, strict=False)
+        for label, seed in zip(rows.label, rows.seed, strict=True)
     ]
     said = tables.verdict(rows, "ppl_heldout")
     assert (
@@ -137,7 +137,7 @@ def test_published_values_are_those_reported(shared_data, request):
         if (shared_data.parent / "paper_reported.csv").exists()
         else pytest.skip("no list of published values")
     )
-    ours = tables.read_published(request.config.rootpath / "figures" / "data")
+    ours = tables._read_published(request.config.rootpath / "figures" / "data")
     assert len(ours) == len(reported)
     low = [float(str(value).split("-")[0]) for value in reported.value]
     assert (
@@ -149,19 +149,13 @@ def test_published_values_are_those_reported(shared_data, request):
 
 def test_published_values_stand_beside_ours_in_their_unit(request):
     rows = made_up("original", "ICU", "KL", "KUMPR").assign(classification=0.5)
-    beside = tables.beside_published(
-        rows, tables.read_published(request.config.rootpath / "figures" / "data")
-    ).set_index(["measure", "method"])
+    data = request.config.rootpath / "figures" / "data"
+    beside = tables.beside_published(rows, data).set_index(["measure", "method"])
     assert (
         beside.ours["classification", "ICU"].startswith("50 [")
         and beside.ours["ppl_pile", "ICU"] == "not run"
     )
-    assert (
-        tables.beside_published(
-            rows[:0], tables.read_published(request.config.rootpath / "figures" / "data")
-        ).ours
-        == "not run"
-    ).all()
+    assert (tables.beside_published(rows[:0], data).ours == "not run").all()
     assert (
         beside.published["ppl_pile", "KUMPR"] == "over 10000"
         and beside.published["epochs", "ICU"] == "21.4 to 32.6"
@@ -182,7 +176,7 @@ def test_published_values_stand_beside_ours_in_their_unit(request):
         ),
         (lambda rows: tables.significance(rows, ["ma"], "NPO"), "no row is labeled 'NPO'"),
         (lambda rows: tables.significance(rows[rows.label == "ICU"], ["ma"]), "nothing but 'ICU'"),
-        (lambda rows: tables.read_published("nowhere"), "no published.csv"),
+        (lambda rows: tables.beside_published(rows, "nowhere"), "no published.csv"),
     ],
 )
 def test_bad_input_is_told(ask, message):
@@ -198,4 +192,4 @@ def test_a_published_value_without_a_source_is_refused(tmp_path, request):
     ):
         (tmp_path / "published.csv").write_text(wrong)
         with pytest.raises(InputError, match="source"):
-            tables.read_published(tmp_path)
+            tables.beside_published(made_up("ICU"), tmp_path)

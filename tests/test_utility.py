@@ -13,29 +13,15 @@ import pytest
 import torch
 from faker import Faker
 
-from icu_nb import data, utility
 from icu_nb.data.corpus import Corpus
 from icu_nb.data.files import PUBLIC_FILES
-from icu_nb.data.general import dialogue_turns
+from icu_nb.data.general import DIALOGUES, dialogue_turns
 from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
-from icu_nb.evals.utility import (
-    FILE_TASKS,
-    HARNESS_TASKS,
-    PAPER_TASKS,
-    clean_turn,
-    dialogue_prompt,
-    dialogue_scores,
-    evaluate_tasks,
-    evaluate_utility,
-    find_facts,
-    lambada_questions,
-    people_questions,
-    people_tasks,
-    pubmed_questions,
-    reply_text,
-    unigram_f1,
-)
+from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, dialogue_scores, unigram_f1
+from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
+from icu_nb.evals.tasks import FILE_TASKS, HARNESS_TASKS, _write_task, evaluate_tasks
+from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility
 from icu_nb.metrics import perplexity
 from icu_nb.text import read_table
 
@@ -152,7 +138,7 @@ def test_a_question_has_one_right_answer_and_others_that_are_wrong(corpus):
 
 
 def test_a_frequent_answer_is_no_hint():
-    """Who knows nothing but how often each name occurs is right one time in four (a bound of four deviations)."""
+    """A guesser who knows only frequencies is right one time in four (a bound of four deviations)."""
     right, questions = 0, []
     for seed in range(6):
         records = people(64, seed=seed)
@@ -365,12 +351,12 @@ def test_unigram_f1(reply, truth, f1):
     ],
 )
 def test_clean_turn(turn, cleaned):
-    assert clean_turn(turn) == cleaned
+    assert _clean_turn(turn) == cleaned
 
 
 def test_the_speakers_take_turns():
-    assert dialogue_prompt(["hi"]) == "User 1: Hi.\nUser 2:"
-    assert dialogue_prompt(["hi", "hello !"]) == "User 1: Hi.\nUser 2: Hello!\nUser 1:"
+    assert _dialogue_prompt(["hi"]) == "User 1: Hi.\nUser 2:"
+    assert _dialogue_prompt(["hi", "hello !"]) == "User 1: Hi.\nUser 2: Hello!\nUser 1:"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +371,7 @@ def test_the_speakers_take_turns():
     ],
 )
 def test_a_reply_ends_with_its_turn(tiny, said, reply):
-    assert reply_text(tiny.tokenizer(said).input_ids, tiny.tokenizer) == reply
+    assert _reply_text(tiny.tokenizer(said).input_ids, tiny.tokenizer) == reply
 
 
 TALKS = [
@@ -400,12 +386,12 @@ def test_replies_in_a_batch_are_those_given_alone(tiny):
     """Left padded and masked: greedy by hand, without any padding."""
     table = dialogue_scores(tiny.model, tiny.tokenizer, TALKS, max_new_tokens=8, batch_size=3)
     for turns, row in zip(TALKS, table.itertuples(), strict=False):
-        tokens = tiny.tokenizer(dialogue_prompt(turns[:-1])).input_ids[-(64 - 8) :]
+        tokens = tiny.tokenizer(_dialogue_prompt(turns[:-1])).input_ids[-(64 - 8) :]
         said = []
         for _ in range(8):
             with torch.no_grad():
                 said.append(tiny.model(torch.tensor([tokens + said])).logits[0, -1].argmax().item())
-        assert row.reply == reply_text(said, tiny.tokenizer) and row.truth == clean_turn(turns[-1])
+        assert row.reply == _reply_text(said, tiny.tokenizer) and row.truth == _clean_turn(turns[-1])
         assert row.f1 == unigram_f1(row.reply, row.truth)
 
 
@@ -413,8 +399,8 @@ def test_the_loss_counts_every_token_of_every_reply(tiny):
     table = dialogue_scores(tiny.model, tiny.tokenizer, TALKS, max_new_tokens=8, batch_size=3)
     for turns, row in zip(TALKS, table.itertuples(), strict=False):
         prompt, reply = (
-            tiny.tokenizer(dialogue_prompt(turns[:-1])).input_ids,
-            tiny.tokenizer(f" {clean_turn(turns[-1])}").input_ids,
+            tiny.tokenizer(_dialogue_prompt(turns[:-1])).input_ids,
+            tiny.tokenizer(f" {_clean_turn(turns[-1])}").input_ids,
         )
         tokens = (prompt + reply)[-64:]
         assert row.tokens == len(reply) and row.loss == pytest.approx(
@@ -492,7 +478,7 @@ def harness(monkeypatch, tmp_path):
             return super().load(
                 [
                     str(
-                        utility.write_task(
+                        _write_task(
                             tmp_path,
                             specs[0],
                             [{"context": "Ann lives in", "choices": ["Leeds", "York"], "answer": 0}],
@@ -529,7 +515,7 @@ def test_what_could_not_run_is_missing_and_never_zero(tiny, paper_files, harness
     assert {*row.dropna().index} == {"suite", "limit", *measured}
     assert {*row.index} == {
         *row.dropna().index,
-        *(f"acc_{name}" for name in PAPER_TASKS),
+        *(f"acc_{name}" for name in _PAPER_TASKS),
         "f1_wizard_of_internet",
         "classification",
         "dialogue",
@@ -541,9 +527,9 @@ def test_the_papers_averages_fall_out_of_a_whole_row(tiny, paper_files, harness,
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=paper_files).loc[0]
-    assert row["classification"] == pytest.approx(np.mean([row[f"acc_{name}"] for name in PAPER_TASKS]))
+    assert row["classification"] == pytest.approx(np.mean([row[f"acc_{name}"] for name in _PAPER_TASKS]))
     assert (
-        row["dialogue"] == pytest.approx(np.mean([row[f"f1_{name}"] for name in data.DIALOGUES]))
+        row["dialogue"] == pytest.approx(np.mean([row[f"f1_{name}"] for name in DIALOGUES]))
         and row.notna().drop("limit").all()
     )
 
@@ -573,7 +559,7 @@ def test_the_harness_knows_its_tasks():
     assert {*HARNESS_TASKS} <= {
         *lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False).all_subtasks
     }
-    assert len(PAPER_TASKS) == 9 and {*PAPER_TASKS} <= {*HARNESS_TASKS, *FILE_TASKS}
+    assert len(_PAPER_TASKS) == 9 and {*_PAPER_TASKS} <= {*HARNESS_TASKS, *FILE_TASKS}
 
 
 # ---- the paper's files ----
@@ -581,7 +567,7 @@ def test_the_harness_knows_its_tasks():
 
 def test_every_part_of_the_paper_is_public():
     wanted = [
-        *(f"dialogue/{name}.json" for name in data.DIALOGUES),
+        *(f"dialogue/{name}.json" for name in DIALOGUES),
         "perplexity/wikitext.csv",
         "perplexity/pile.csv",
         "completion/lambada.csv",
@@ -594,7 +580,7 @@ def test_every_part_of_the_paper_is_public():
 
 
 def test_lambada_and_pubmed_of_the_paper(tiny, shared_data, no_network):
-    lambada, pubmed = lambada_questions(shared_data), pubmed_questions(shared_data)
+    lambada, pubmed = (FILE_TASKS[name](shared_data) for name in ("lambada", "pubmed_qa"))
     assert len(lambada) == 4992 and len(pubmed) == 500
     texts = read_table(shared_data / "completion/lambada.csv")["text"]
     assert all(
@@ -615,7 +601,7 @@ def test_lambada_and_pubmed_of_the_paper(tiny, shared_data, no_network):
 
 
 def test_dialogues_of_the_paper(tiny, shared_data):
-    sizes = {name: len(dialogue_turns(name, shared_data)) for name in data.DIALOGUES[:3]}
+    sizes = {name: len(dialogue_turns(name, shared_data)) for name in DIALOGUES[:3]}
     assert sizes == {"blended_skill_talk": 1009, "empathetic_dialogues": 2758, "wizard_of_wikipedia": 967}
     for name in sizes:
         turns = dialogue_turns(name, shared_data)
@@ -624,8 +610,16 @@ def test_dialogues_of_the_paper(tiny, shared_data):
         assert table["f1"].between(0, 1).all() and len(table) == 6 and (table["tokens"] > 0).all()
 
 
-def test_a_set_that_is_not_there_is_missing(tiny, shared_data, harness):
+def test_a_set_that_is_not_there_is_missing(tiny, shared_data, harness, tmp_path):
     harness.reachable = False
-    with pytest.warns(UserWarning, match="f1_wizard_of_internet .*holds no dialogue/wizard_of_internet.json"):
-        row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=shared_data, limit=3).loc[0]
+    for file in shared_data.glob("*/*.*"):
+        if file.name != "wizard_of_internet.json":
+            link = tmp_path / "data" / file.parent.name / file.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    folder = tmp_path / "data"
+    with pytest.warns(
+        UserWarning, match=r"f1_wizard_of_internet .*holds no dialogue/wizard_of_internet.json"
+    ):
+        row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=folder, limit=3).loc[0]
     assert math.isnan(row["f1_wizard_of_internet"]) and math.isnan(row["dialogue"]) and row["ppl_pile"] > 1

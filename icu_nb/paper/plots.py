@@ -41,11 +41,9 @@ from .rows import read_csv, read_rows
 from .style import COLORS, save_figure, set_figure_style
 from icu_nb.paper.tables import (
     check_rows,
-    geometric_interval,
-    in_words,
+    format_interval,
     interval,
     multiplies,
-    number,
     significance,
     summarize,
 )
@@ -209,7 +207,9 @@ def draw_dots(
             )
         elif one.mean > top:
             ax.plot(top, y, ">", color=color, clip_on=False)
-            ax.text(top / 1.25, y, number(one.mean), ha="right", va="center", fontsize=8, color=color)
+            ax.text(
+                top / 1.25, y, format_interval(one.mean), ha="right", va="center", fontsize=8, color=color
+            )
         else:
             ax.plot([one.low, min(one.high, top)], [y, y], color=color, linewidth=1.6, zorder=2)
             ax.plot(
@@ -294,7 +294,7 @@ def listed(
 ) -> str:
     "Labels and numbers, for alternative text."
     return "; ".join(
-        f"{one.label} {in_words(one.mean, one.low, one.high)}"
+        f"{one.label} {format_interval(one.mean, one.low, one.high)}"
         + ("" if one.reached else " (forgot too little)")
         for one in found.itertuples()
     )
@@ -402,7 +402,7 @@ def plot_sensitivity(
             )
         )
     cells = "; ".join(
-        f"α {one.alpha:g}, β {one.beta:g}: {in_words(one.mean, one.low, one.high)}"
+        f"α {one.alpha:g}, β {one.beta:g}: {format_interval(one.mean, one.low, one.high)}"
         for one in grid.itertuples()
     )
     return finish(ax, title, f"Heat map, mean and 95 % interval: {cells}.")
@@ -627,7 +627,7 @@ def plot_thresholds(
         ax.set_xlim(0, 1)
     ax.set_xlabel(axis_name(column))
     ends = found.dropna(subset="mean").sort_values("mean").iloc[[0, -1]]
-    title = f"{measure_name(column)} ends between {number(ends['mean'].iloc[0])} and {number(ends['mean'].iloc[1])}"
+    title = f"{measure_name(column)} ends between {format_interval(ends['mean'].iloc[0])} and {format_interval(ends['mean'].iloc[1])}"
     return finish(ax, title, f"Mean and 95 % interval per rule: {listed(found)}.")
 
 # %% ../../nbs/library/paper/plots.ipynb #0ff7feb8
@@ -766,7 +766,7 @@ def plot_tradeoff(
     title, alt = (
         f"what forgetting costs {KINDS[column][0]}",
         [
-            f"{label} {in_words(*costs.loc[label, ['mean', 'low', 'high']])} at MA {mas['mean'][label]:.2f}"
+            f"{label} {format_interval(*costs.loc[label, ['mean', 'low', 'high']])} at MA {mas['mean'][label]:.2f}"
             for label in costs.index
         ],
     )
@@ -825,7 +825,7 @@ def plot_requests(
             )
             ax.vlines(batches.requests * 1.12, batches.low, batches.high, color=color, linewidth=1)
         change = once["mean"].iloc[-1] / once["mean"].iloc[0]
-        growth.append(f"× {number(float(f'{change:.2g}'))} with {label}")
+        growth.append(f"× {format_interval(float(f'{change:.2g}'))} with {label}")
     original = rows[rows.label == "original"]
     if multiplies(column) and column.startswith("ppl") and len(original):
         ax.axhline(
@@ -1333,7 +1333,7 @@ def plot_baselines(
     fig, axes = plt.subplots(1, 4, figsize=(11, 5), sharey=True)
     for ax, kind in zip(axes, KINDS_OF_TEXT, strict=False):
         for y, name in enumerate(order):
-            mean, low, high = geometric_interval(by.get_group(name)[kind])
+            mean, low, high = interval(by.get_group(name)[kind], True)
             color = {
                 "original": COLORS["original"],
                 "retrained": COLORS["retrained"],
@@ -1344,7 +1344,7 @@ def plot_baselines(
             ax.plot([low, high], [y, y], color=color, lw=1.5)
             ax.plot(mean, y, "o", color=color, mfc=color if by.get_group(name).reached.all() else "white")
         ax.axvline(
-            geometric_interval(by.get_group("retrained")[kind])[0], color=COLORS["retrained"], lw=1, ls="--"
+            interval(by.get_group("retrained")[kind], True)[0], color=COLORS["retrained"], lw=1, ls="--"
         )
         ax.set(title=kind, xscale="log", xlabel="perplexity (log scale)")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

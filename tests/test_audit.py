@@ -1,4 +1,4 @@
-"""Privacy: quantization, relearning, and the audit that runs every attack and changes no model."""
+"""Audit: quantization, relearning, and the audit that runs every attack and changes no model."""
 
 import copy
 
@@ -10,8 +10,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from icu_nb.data.people import people
 from icu_nb.errors import InputError
-from icu_nb.evals.audit import ATTACKS, audit, mean_row, quantize, recall, relearn, round_to_nearest
-from icu_nb.evals.extraction import extraction_strength, probes
+from icu_nb.evals.audit import (
+    _ATTACKS,
+    _mean_row,
+    audit,
+    memorization_measures,
+    quantize,
+    relearn,
+    round_to_nearest,
+)
+from icu_nb.evals.extraction import extraction_strength, secret_prompts
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy
 from icu_nb.models.loading import add_lora, merge_lora
 from icu_nb.models.tiny import tiny_gpt_neo
@@ -83,8 +91,8 @@ def test_an_adapter_is_merged_before_rounding(tiny):
     )
 
 
-def test_recall_is_the_three_measures(tiny):
-    scores, sequences = recall(tiny.model, tiny.sequences), tiny.sequences
+def test_memorization_measures_are_the_three_measures(tiny):
+    scores, sequences = memorization_measures(tiny.model, tiny.sequences), tiny.sequences
     for name, measure in {
         "MA": memorization_accuracy,
         "EL": extraction_likelihood,
@@ -101,7 +109,7 @@ def test_relearning_learns_what_is_shown_and_changes_a_copy(tiny):
         tiny.tokenizer,
         tiny.forget[:4],
         tiny.forget[:4],
-        looks=(0, 20, 60),
+        measure_at=(0, 20, 60),
         learning_rate=1e-2,
         max_length=48,
     )
@@ -112,32 +120,32 @@ def test_relearning_learns_what_is_shown_and_changes_a_copy(tiny):
         60: 4,
     }
     assert table.groupby("step").MA.mean().is_monotonic_increasing
-    start = recall(stranger, tokenize(tiny.forget[:4], tiny.tokenizer, 48))
+    start = memorization_measures(stranger, tokenize(tiny.forget[:4], tiny.tokenizer, 48))
     assert np.allclose(table[table.step == 0].MA, start["MA"])
     again = relearn(
         stranger,
         tiny.tokenizer,
         tiny.forget[:4],
         tiny.forget[:4],
-        looks=(0, 20, 60),
+        measure_at=(0, 20, 60),
         learning_rate=1e-2,
         max_length=48,
     )
     pd.testing.assert_frame_equal(table, again)
 
 
-@pytest.mark.parametrize("looks", [(), (-1, 4)])
-def test_looks_without_a_step_are_refused(tiny, looks):
-    with pytest.raises(InputError, match="`looks`"):
-        relearn(tiny.model, tiny.tokenizer, tiny.forget, tiny.forget, looks=looks)
+@pytest.mark.parametrize("measure_at", [(), (-1, 4)])
+def test_measuring_without_a_step_are_refused(tiny, measure_at):
+    with pytest.raises(InputError, match="`measure_at`"):
+        relearn(tiny.model, tiny.tokenizer, tiny.forget, tiny.forget, measure_at=measure_at)
 
 
 def test_the_interval_of_a_share_does_not_collapse():
     """The rule of three: 0 of 64 is compatible with about 3.7/64 (two-sided)."""
-    row = mean_row("a", "b", [0] * 64)
+    row = _mean_row("a", "b", [0] * 64)
     assert list(row) == COLUMNS and row["low"] == 0 and row["high"] == pytest.approx(1 - 0.025 ** (1 / 64))
     values = np.random.default_rng(0).random(200)
-    row = mean_row("a", "b", values)
+    row = _mean_row("a", "b", values)
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * values.std() / 200**0.5, rel=0.15)
 
 
@@ -157,11 +165,11 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
         heldout,
         retrained,
         unrelated=texts[16:],
-        probes=probes(forget),
+        secret_prompts=secret_prompts(forget),
         max_length=48,
     )
     assert tiny.same(model, before) and all(p.grad is None for p in retrained.parameters())
-    assert list(table) == COLUMNS and list(dict.fromkeys(table.attack)) == list(ATTACKS)
+    assert list(table) == COLUMNS and list(dict.fromkeys(table.attack)) == list(_ATTACKS)
     assert not table.duplicated(["attack", "metric"]).any() and table.value.notna().all()
     bounded = table.dropna(subset=["low"])
     assert ((bounded.low <= bounded.value + 1e-9) & (bounded.value <= bounded.high + 1e-9)).all()
@@ -211,10 +219,8 @@ def test_a_model_against_itself_has_no_leak(tiny, texts):
 
 
 def test_unknown_attacks_and_small_sets_are_refused_before_anything_runs(tiny, texts):
-    with pytest.raises(
-        InputError,
-        match=r"\['bribery'\] are not known.*memorization, extraction, sampling, membership, forget quality, relearning, quantization",
-    ):
+    known = "memorization, extraction, sampling, membership, forget quality, relearning, quantization"
+    with pytest.raises(InputError, match=rf"\['bribery'\] are not known.*{known}"):
         audit(None, None, texts[:10], texts[10:20], attacks=["bribery"])
     with pytest.raises(InputError, match="`forget`: 9 texts are too few"):
         audit(None, None, texts[:9], texts[10:20])
