@@ -311,7 +311,7 @@ class RMU(_NumericObjective):
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         states = _layer_states(model, batch.together("forget", "neighbor"), self.layer)
         f, r = states.split([len(batch.forget.rows), len(batch.neighbor.rows)])
-        r0 = reference.ask(
+        r0 = reference.apply(
             lambda original, sequences: _layer_states(original, sequences, self.layer),
             batch.together("neighbor"),
         )
