@@ -57,8 +57,8 @@ def calibrate_thresholds(
     heldout: list[str],  # texts of the forget set's kind that the model never saw
     *,
     max_length: int | None = None,  # longer texts are cut
-    n: int = 10,  # EL's n-gram size
-    start: int | None = None,  # EL's first offset; None: 3/4 of the real length
+    el_n: int = 10,  # EL's n-gram size
+    el_start: int | None = None,  # EL's first offset; None: 3/4 of the real length
     el_floor: float = 0.0,  # EL's threshold is at least this
     batch_size: int = 32,  # sequences per forward pass
 ) -> Thresholds:
@@ -69,9 +69,11 @@ def calibrate_thresholds(
     long = [i for i, length in enumerate(lengths) if length > context]
     problem = f"texts {long[:5]} are longer than the model's context of {context} tokens"
     require(not long, "heldout", problem, "Set max_length, or cut them")
-    el_positions(lengths, n, start, "heldout")
+    el_positions(lengths, el_n, el_start, "heldout", "el_")
     ids, mask = sequences.input_ids, sequences.attention_mask
-    accuracy, likelihood = memorization_scores(model, ids, mask, n=n, start=start, batch_size=batch_size)
+    accuracy, likelihood = memorization_scores(
+        model, ids, mask, n=el_n, start=el_start, batch_size=batch_size
+    )
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
 
 # %% ../nbs/learn/06_iur.ipynb #6e37ecac
