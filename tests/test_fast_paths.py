@@ -26,7 +26,7 @@ from transformers import (
 import icu_nb.cle
 import icu_nb.embedding
 import icu_nb.models.head
-import icu_nb.unlearn
+import icu_nb.run
 from icu_nb.batch import Batch, Part, Term
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
 from icu_nb.config import ICUConfig
@@ -520,7 +520,7 @@ def test_a_run_that_cannot_begin_leaves_the_layers_alone(tiny, monkeypatch):
     def fails(*_):
         raise InputError("no such processes")
 
-    monkeypatch.setattr(icu_nb.unlearn, "prepared", fails)
+    monkeypatch.setattr(icu_nb.run, "_prepared", fails)
     model = tiny.copy()
     with pytest.raises(InputError, match="no such processes"):
         unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(gradient_checkpointing=True))
@@ -546,7 +546,7 @@ def test_recomputing_needs_layers(tiny):
         pass
 
     with pytest.raises(InputError, match="gradient_checkpointing"):
-        icu_nb.unlearn.recompute_layers(Plain())
+        icu_nb.run.recompute_layers(Plain())
 
 
 def test_checks_every_other_epoch(tiny):
@@ -660,7 +660,7 @@ def test_the_arithmetic_follows_the_device(monkeypatch, has_gpu, native, expecte
 )
 def test_a_gpu_says_what_the_cpu_says(tiny, monkeypatch, name, settings):
     """In 32 bits: two epochs end at the same MA, and their losses differ by rounding."""
-    monkeypatch.setattr(icu_nb.unlearn, "mixed_precision", lambda: "no")
+    monkeypatch.setattr(icu_nb.run, "mixed_precision", lambda: "no")
     ends = []
     for device in ("cpu", "cuda"):
         result = unlearn(
