@@ -1330,17 +1330,12 @@ def plot_baselines(
     "Damage at equal forgetting, four kinds of text, the methods in the order of held-out text."
     by = rows.groupby("method", sort=False)
     order = by["held-out"].apply(lambda v: np.log(v).mean()).sort_values().index[::-1]
+    colored = ("original", "retrained", "icu", "icu_published_rule", "ga")
     fig, axes = plt.subplots(1, 4, figsize=(11, 5), sharey=True)
     for ax, kind in zip(axes, KINDS_OF_TEXT, strict=False):
         for y, name in enumerate(order):
             mean, low, high = interval(by.get_group(name)[kind], True)
-            color = {
-                "original": COLORS["original"],
-                "retrained": COLORS["retrained"],
-                "icu": COLORS["ICU"],
-                "icu by MA": COLORS["ICU"],
-                "ga": COLORS["gradient ascent"],
-            }.get(name, "black")
+            color = METHODS[name].color if name in colored else "black"
             ax.plot([low, high], [y, y], color=color, lw=1.5)
             ax.plot(mean, y, "o", color=color, mfc=color if by.get_group(name).reached.all() else "white")
         ax.axvline(
@@ -1350,7 +1345,7 @@ def plot_baselines(
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-    axes[0].set_yticks(range(len(order)), order)
+    axes[0].set_yticks(range(len(order)), [METHODS[name].label for name in order])
     fig.suptitle(
         "Equal forgetting, unequal damage (hollow: did not forget enough on every seed; dashed: retrained)",
         x=0.01,
