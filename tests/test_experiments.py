@@ -816,8 +816,8 @@ def test_every_stored_row_is_found_by_its_settings(name):
 
 # Measured on ICU's runs of seeds 0 to 2: training amplifies how a processor rounds, so that two generations
 # of one (both called AMD EPYC), and one thread and two, differed by this much, absolute for MA, EL and
-# epochs, as a factor for perplexities. (Where the model that has memorized is the same, two threads change the sixth
-# digit.) Allowed is twice as much. Ascent differed by more, up to 1.7 times.
+# epochs, as a factor for perplexities. (Where the model that has memorized is the same, two threads change
+# the sixth digit.) Allowed is twice as much. Ascent differed by more, up to 1.7 times.
 MEASURED = {
     "ma": 0.017,
     "el10": 0.002,
