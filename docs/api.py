@@ -1,4 +1,7 @@
-"""API pages from the library's source: signatures, docstrings, and the comment beside each parameter. Nothing is imported, so no torch is needed."""
+"""API pages from the library's source: signatures, docstrings, and the comment beside each parameter.
+
+Nothing is imported, so no torch is needed.
+"""
 
 import ast
 import io
@@ -133,7 +136,7 @@ def entry(node, comments, level, prefix=""):
 
 
 def page(name, source, notebook):
-    """The page of a module: what `__all__` names, in the order of the source."""
+    """A module's page: what `__all__` names, in the order of the source; `notebook` is a path under nbs."""
     tree, comments = ast.parse(source), comments_of(source)
     public = next(
         (
@@ -148,7 +151,7 @@ def page(name, source, notebook):
         "",
         prose(ast.get_docstring(tree) or ""),
         "",
-        f"Made in [{notebook.stem}](../nbs/{notebook.name}), which explains it and shows it at work.",
+        f"Made in [{notebook.stem}](../nbs/{notebook.as_posix()}), which explains it and shows it at work.",
         "",
     ]
     for node in tree.body:

@@ -1,4 +1,4 @@
-"""The site: what the notebooks say and store, nothing executed, and no page asks another host for anything (make docs)."""
+"""The site: what the notebooks say and store, nothing executed; no page asks another host (make docs)."""
 
 import json
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from docutils import nodes
 
-ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+NBS = ROOT / "nbs"
 sys.path.insert(0, str(HERE))
 import api
 from formulas import mathml
@@ -19,7 +21,7 @@ COLAB = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]")
 
 
 def page_of(notebook):
-    """A notebook without its first code cell, which prepares Colab, without nbdev's directives, and without a badge from another host."""
+    """A notebook without Colab's cell, without nbdev's directives, and without a badge from another host."""
     book = json.loads(notebook.read_text(encoding="utf-8"))
     first = next(i for i, c in enumerate(book["cells"]) if c["cell_type"] == "code")
     cells = book["cells"][:first] + book["cells"][first + 1 :]
@@ -37,47 +39,60 @@ def page_of(notebook):
     return {**book, "cells": [c for c in cells if c["cell_type"] != "code" or c["source"].strip()]}
 
 
+def notebooks(folder="."):
+    """Every notebook below a folder of nbs."""
+    found = sorted((NBS / folder).rglob("*.ipynb"))
+    return [path for path in found if ".ipynb_checkpoints" not in path.parts]
+
+
 def modules():
-    """Every module of the library with the notebook that makes it, in reading order."""
-    made = [
-        (re.search(r"default_exp\s+(\w+)", f.read_text(encoding="utf-8")), f)
-        for f in sorted((ROOT / "nbs").glob("*.ipynb"))
-    ]
-    return [(found[1], f) for found, f in made if found]
+    """Every module of the library with the notebook that makes it: the core first, then wing by wing."""
+    made = []
+    for path in notebooks():
+        found = re.search(r"default_exp\s+([\w.]+)", path.read_text(encoding="utf-8"))
+        if found:
+            made.append((found[1], path))
+    return sorted(made, key=lambda one: ("." in one[0], one[0]))
 
 
-def pages():
-    """Path -> content of every page and figure of the site."""
-    course = [
-        f"nbs/course/{path.stem}"
-        for path in sorted((ROOT / "nbs/course").glob("*.ipynb"))
-        if path.stem != "syllabus"
-    ]
-    yield (
-        "index.md",
-        (HERE / "index.md")
-        .read_text(encoding="utf-8")
-        .replace("nbs/course/others", "\n".join(course))
-        .encode(),
-    )
-    for figure in (ROOT / "figures").glob("*.*"):
-        yield f"figures/{figure.name}", figure.read_bytes()
-    for notebook in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/course").glob("*.ipynb")]:
-        yield notebook.relative_to(ROOT).as_posix(), json.dumps(page_of(notebook)).encode()
+def api_pages():
+    """The API reference: a page for each module, and one that lists them."""
     lines = [
         "# API reference",
         "",
-        "What the library offers, a page for each module, in the order in which the modules build on each other.",
+        "What the library offers, a page for each module: the core first, then each wing.",
         "",
         "| module | what it is for |",
         "|---|---|",
     ]
     for name, notebook in modules():
-        page = api.page(name, (ROOT / f"icu_nb/{name}.py").read_text(encoding="utf-8"), notebook)
+        source = (ROOT / f"icu_nb/{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+        page = api.page(name, source, notebook.relative_to(NBS))
         lines.append(f"| [{name}](api/{name}.md) | {page.splitlines()[2]} |")
-        yield f"api/{name}.md", page.encode()
+        yield f"api/{name}.md", page
     tree = ["```{toctree}", ":hidden:", *(f"api/{name}" for name, _ in modules()), "```"]
-    yield "api.md", "\n".join([*lines, "", *tree]).encode()
+    yield "api.md", "\n".join([*lines, "", *tree])
+
+
+def front_page():
+    """The landing page, with the notebooks of library and course in its menus."""
+    page = (HERE / "index.md").read_text(encoding="utf-8")
+    for folder in ("library", "course"):
+        names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in notebooks(folder)]
+        others = [name for name in names if not name.endswith("/syllabus")]
+        page = page.replace(f"nbs/{folder}/others", "\n".join(others))
+    return page
+
+
+def pages():
+    """Path -> content of every page and figure of the site."""
+    yield "index.md", front_page().encode()
+    for figure in (ROOT / "figures").glob("*.*"):
+        yield f"figures/{figure.name}", figure.read_bytes()
+    for notebook in notebooks():
+        yield notebook.relative_to(ROOT).as_posix(), json.dumps(page_of(notebook)).encode()
+    for name, page in api_pages():
+        yield name, page.encode()
 
 
 def write_pages():

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers set by themselves: no script, no network, and the same for site and slides."""
+"""Formulas as MathML, which browsers set by themselves: no script, no network, for site and slides."""
 
 import re
 

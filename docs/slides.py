@@ -1,7 +1,8 @@
-"""Slides of the four sessions, from the notebooks' cells that carry `slideshow` metadata and from stored outputs alone (make slides).
+"""Slides of the four sessions, from cells with `slideshow` metadata and their stored outputs (make slides).
 
-In JupyterLab a cell gets its place under "Slide Type": *slide* begins a slide, *fragment* appears on it at the next key press.
-A slide holds what can be read from the last row: of prose the first sentences, of code at most 14 lines; the rest is in the speaker's notes (key S).
+In JupyterLab a cell gets its place under "Slide Type": *slide* begins a slide, *fragment* appears on it at
+the next key press. A slide holds what can be read from the last row: of prose the first sentences, of code
+at most 16 lines; the rest is in the speaker's notes (key S).
 One HTML file per session, with everything in it: it opens without a network.
 """
 
@@ -20,33 +21,37 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-ROOT, HERE = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
-REVEAL = (
-    Path(find_spec("sphinx_revealjs").origin).parent / "_static/revealjs"
-)  # the package that ships reveal.js
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# The package that ships reveal.js.
+REVEAL = Path(find_spec("sphinx_revealjs").origin).parent / "_static/revealjs"
 SESSIONS = {
-    "What a model remembers": ["00_quickstart", "01_data", "02_models", "03_metrics"],
-    "The loss": ["04_kui", "05_cle", "05a_objective"],
-    "The loop and its rivals": ["06_iur", "07_unlearn", "08_baselines"],
-    "Is it gone?": ["09_utility", "09b_extraction", "09c_membership", "10_privacy"],
+    "What a model remembers": [
+        "00_quickstart",
+        "learn/02_a_model_that_memorized",
+        "learn/03_measuring_memory",
+    ],
+    "The loss": ["learn/04_kui", "learn/05_cle", "library/objective"],
+    "The loop and its rivals": ["learn/06_iur", "learn/07_the_loop", "learn/08_other_methods"],
+    "Is it gone?": [
+        "paper/33_what_a_model_can_still_do",
+        "learn/09_what_remains",
+    ],
 }
-WIDTH, CODE_LINES, ALL_LINES, WORDS = (
-    86,
-    14,
-    17,
-    60,
-)  # what fits: characters in a line of code, lines of code, and with their output, words of prose
+# What fits: characters in a line of code, lines of code, lines with their output, words of prose.
+WIDTH = 86
+CODE_LINES = 16
+ALL_LINES = 17
+WORDS = 60
 
 MARKDOWN = (
     MarkdownIt("commonmark")
     .enable("table")
     .use(dollarmath_plugin, renderer=lambda text, options: mathml(text, options["display_mode"]))
 )
-HEADING, MARK, WHOLE = (
-    re.compile(r"#+ |\*\*(?:Exercises|References)"),
-    re.compile(r"^(?:[-*]|\d+\.) ", re.M),
-    re.compile(r"[|>]|\$\$|```"),
-)
+HEADING = re.compile(r"#+ |\*\*(?:Exercises|References)")
+MARK = re.compile(r"^(?:[-*]|\d+\.) ", re.M)
+WHOLE = re.compile(r"[|>]|\$\$|```")
 SENTENCES = re.compile(r"(?<=[.!?:])(?<!al\.)(\**)\s+(?=[A-Z*`\"])")
 
 
@@ -62,7 +67,10 @@ def first_sentences(paragraph, words=WORDS):
 
 
 def shortened(text, kind):
-    """A cell's Markdown as (on the slide, for the speaker). A slide takes the part from the cell's first heading to the next one, a fragment what stands before any heading."""
+    """A cell's Markdown as (on the slide, for the speaker).
+
+    A slide takes the part from the cell's first heading to the next one, a fragment what stands before any.
+    """
     text = re.sub(r"\[!\[.*?\]\(.*?\)\]\(.*?\)", "", text)  # badges
     text = re.sub(r"\[([^\]]+)\]\([\w./#-]+\.ipynb[^)]*\)", r"\1", text)  # other notebooks are not at hand
     text = re.sub(
@@ -120,24 +128,20 @@ def code_of(cell):
 
 
 def outputs_of(cell, title):
-    said, drawn = (
-        printed(cell["outputs"]).strip("\n"),
-        any("image/png" in o.get("data", {}) for o in cell["outputs"]),
-    )
-    parts = (
-        [f"<pre class='said'>{html.escape(said)}</pre>"] if said and not drawn else []
-    )  # a picture needs the room
+    drawn = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+    parts = []
+    if (said := printed(cell["outputs"]).strip("\n")) and not drawn:  # a picture needs the room
+        parts.append(f"<pre class='said'>{html.escape(said)}</pre>")
     for output in cell["outputs"]:
         data = output.get("data", {})
         if "image/png" in data:
             alt = output["metadata"].get("image/png", {}).get("alt") or cell["metadata"].get("alt", title)
-            parts.append(
-                f"<div class='figure'><img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{''.join(data['image/png']).strip()}'></div>"
-            )
+            words = html.escape(alt, quote=True)
+            source = f"data:image/png;base64,{''.join(data['image/png']).strip()}"
+            parts.append(f"<div class='figure'><img alt='{words}' src='{source}'></div>")
         elif "text/html" in data:
-            parts.append(
-                re.sub(r"<style.*?</style>|border=\"1\"", "", "".join(data["text/html"]), flags=re.S)
-            )
+            table = "".join(data["text/html"])
+            parts.append(re.sub(r"<style.*?</style>|border=\"1\"", "", table, flags=re.S))
     return "".join(parts)
 
 
@@ -164,21 +168,30 @@ def slides_of(notebook):
             slides[-1][0].append(body if kind == "slide" else f"<div class='fragment'>{body}</div>")
             slides[-1][1].append(notes)
         title = headings[-1] if headings else title
-    return [
-        "<section>"
-        + "".join(parts)
-        + f"<aside class='notes'>{MARKDOWN.render(chr(10).join(notes))}</aside><footer>{notebook.stem}</footer></section>"
-        for parts, notes in slides
-    ]
+    sections = []
+    for parts, notes in slides:
+        said = MARKDOWN.render("\n".join(notes))
+        aside = f"<aside class='notes'>{said}</aside><footer>{notebook.stem}</footer>"
+        sections.append(f"<section>{''.join(parts)}{aside}</section>")
+    return sections
+
+
+SETTINGS = """{width: 1280, height: 720, margin: 0.02, center: false, display: "flex", hash: true,
+slideNumber: "c/t", transition: "none", plugins: [RevealNotes]}"""
+
+
+def script(name):
+    """A file of reveal.js, to be put into a page."""
+    return (REVEAL / name).read_text(encoding="utf-8").replace("</script", "<\\/script")
 
 
 def deck(number, title, notebooks):
     """One session as a single HTML file."""
-    read = lambda path: path.read_text(encoding="utf-8").replace("</script", "<\\/script")
-    opening = f"<section class='opening'><p>icu_nb · session {number} of {len(SESSIONS)}</p><h1>{title}</h1><p>{' · '.join(notebooks)}</p></section>"
-    slides = "\n".join(
-        [opening, *(slide for name in notebooks for slide in slides_of(ROOT / f"nbs/{name}.ipynb"))]
-    )
+    session = f"<p>icu_nb · session {number} of {len(SESSIONS)}</p>"
+    names = " · ".join(Path(name).name for name in notebooks)
+    opening = f"<section class='opening'>{session}<h1>{title}</h1><p>{names}</p></section>"
+    slides = [slide for name in notebooks for slide in slides_of(ROOT / f"nbs/{name}.ipynb")]
+    body = "\n".join([opening, *slides])
     style = "\n".join(
         [
             (REVEAL / "dist/reveal.css").read_text(encoding="utf-8"),
@@ -188,13 +201,14 @@ def deck(number, title, notebooks):
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{number} · {title} · icu_nb</title><style>{style}</style></head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><title>{number} · {title} · icu_nb</title><style>{style}</style></head>
 <body><div class="reveal"><div class="slides">
-{slides}
+{body}
 </div></div>
-<script>{read(REVEAL / "dist/reveal.js")}</script>
-<script>{read(REVEAL / "plugin/notes/notes.js")}</script>
-<script>Reveal.initialize({{width: 1280, height: 720, margin: 0.02, center: false, display: "flex", hash: true, slideNumber: "c/t", transition: "none", plugins: [RevealNotes]}})</script>
+<script>{script("dist/reveal.js")}</script>
+<script>{script("plugin/notes/notes.js")}</script>
+<script>Reveal.initialize({SETTINGS})</script>
 </body></html>
 """
 
@@ -203,7 +217,6 @@ folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 for number, (title, notebooks) in enumerate(SESSIONS.items(), 1):
     path = folder / f"session_{number}.html"
-    path.write_text(deck(number, title, notebooks), encoding="utf-8")
-    print(
-        f"{path}: {path.read_text(encoding='utf-8').count('<section')} slides, {path.stat().st_size / 1e6:.1f} MB"
-    )
+    page = deck(number, title, notebooks)
+    path.write_text(page, encoding="utf-8")
+    print(f"{path}: {page.count('<section')} slides, {len(page.encode()) / 1e6:.1f} MB")

@@ -4,25 +4,30 @@
 
 # %% auto #0
 __all__ = ['without_adapter', 'predicted_positions', 'token_losses', 'mean_token_nll', 'weights_digest', 'evaluating',
-           'context_length', 'halving_batches', 'OwnLength', 'generate_continuations']
+           'context_length', 'halving_batches', 'generate_continuations']
 
 # %% ../nbs/library/language_model.ipynb #fba9533d
 import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
 from transformers import GenerationConfig, StoppingCriteria
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 # %% ../nbs/library/language_model.ipynb #ebe952da
 def without_adapter(
-    model,  # a causal LM, with or without an adapter
-):  # the transformers model inside, whose layers still hold the adapter
+    model: "PreTrainedModel | PeftModel",  # a causal LM, with or without an adapter
+) -> "PreTrainedModel":  # the transformers model inside, whose layers still hold the adapter
     "The model that peft wraps: it knows what its class can do, where the wrapper knows only its own."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -39,12 +44,14 @@ def token_losses(
     logits: torch.Tensor,  # [B, T, V]
     input_ids: torch.Tensor,  # LongTensor [B, T]
     attention_mask: torch.Tensor | None = None,  # [B, T]; None: all tokens are real
-) -> tuple[
-    torch.Tensor, torch.Tensor
-]:  # both [B, T-1]: negative log-likelihoods in nats (0 where not real), and whether the position counts
-    "The negative log-likelihood of every next token; a position counts when its token and the next are both real."
-    real = predicted_positions(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
-    logits = logits[:, :-1].float() if logits.dtype in (torch.float16, torch.bfloat16) else logits[:, :-1]
+) -> tuple[torch.Tensor, torch.Tensor]:  # both [B, T-1]: nats (0 where not real); whether it counts
+    "The negative log-likelihood of every next token; it counts when it and the token before are both real."
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    real = predicted_positions(attention_mask)
+    logits = logits[:, :-1]
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
     labels = input_ids[:, 1:].where(real, -100)
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return nll.view_as(labels), real
@@ -61,7 +68,7 @@ def mean_token_nll(
 
 # %% ../nbs/library/language_model.ipynb #261007a5
 def weights_digest(
-    model,  # any torch module
+    model: torch.nn.Module,  # any torch module
     skip: Container[str] = (),  # names that do not count
 ) -> str:
     "A hash of all weights and buffers."
@@ -74,8 +81,8 @@ def weights_digest(
 # %% ../nbs/library/language_model.ipynb #312c919d
 @contextmanager
 def evaluating(
-    model,  # a torch module
-):
+    model: torch.nn.Module,  # any torch module
+) -> Iterator[None]:
     "No dropout and no gradients inside; the model is put back into its mode afterwards."
     was_training = model.training
     model.eval()
@@ -87,35 +94,35 @@ def evaluating(
 
 # %% ../nbs/library/language_model.ipynb #ee8c0e7c
 def context_length(
-    model,  # a causal LM
+    model: "PreTrainedModel | PeftModel",  # a causal LM
 ) -> float:
     "How many tokens the model can take at once; infinity where its configuration names no limit."
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 # %% ../nbs/library/language_model.ipynb #428d6497
 def halving_batches(
-    function,  # takes a keyword `batch_size`, with a default
-):
+    function: Callable,  # takes a keyword `batch_size`, with a default
+) -> Callable:
     "A decorator: while memory does not suffice, the call is made again with half the batch size."
     default = inspect.signature(function).parameters["batch_size"].default
 
     @functools.wraps(function)
     def wrapped(*args, batch_size=default, **options):
+        def attempt(size: int):
+            return function(*args, batch_size=size, **options)
+
         try:
-            return function(*args, batch_size=batch_size, **options)
+            return attempt(batch_size)
         except RuntimeError as error:
             if batch_size < 2 or not should_reduce_batch_size(error):
                 raise
         smaller = [batch_size >> k for k in range(1, batch_size.bit_length() + 1)]  # 16, 8, 4, 2, 1, 0
-        attempt = find_executable_batch_size(
-            lambda size: function(*args, batch_size=size, **options), smaller[0], iter(smaller[1:]).__next__
-        )
-        return attempt()
+        return find_executable_batch_size(attempt, smaller[0], iter(smaller[1:]).__next__)()
 
     return wrapped
 
 # %% ../nbs/library/language_model.ipynb #cfdb04f8
-class OwnLength(StoppingCriteria):
+class _OwnLength(StoppingCriteria):
     "Ends every sequence of a batch at its own length, whatever the others need."
 
     def __init__(
@@ -124,53 +131,64 @@ class OwnLength(StoppingCriteria):
     ):
         self.totals = totals
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        rows_each = len(input_ids) // len(
-            self.totals
-        )  # beam search asks about several candidates per sequence
-        return input_ids.shape[1] >= self.totals.to(input_ids.device).repeat_interleave(rows_each)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        beams = len(input_ids) // len(self.totals)  # beam search has several candidates per sequence
+        return input_ids.shape[1] >= self.totals.to(input_ids.device).repeat_interleave(beams)
+
+
+@contextmanager
+def _plain_generation(
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+) -> Iterator[None]:
+    "No end token and no penalties inside; the model's own settings are put back afterwards."
+    owner = without_adapter(model)  # peft keeps the settings there
+    own_config = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = own_config
+
+
+def _pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Prompts that all end in the last column, and their mask."
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
 
 # %% ../nbs/library/language_model.ipynb #295b4aec
 @halving_batches
 @torch.no_grad()
 def generate_continuations(
-    model,  # a causal LM
+    model: "PreTrainedModel | PeftModel",  # a causal LM
     prompts: list[list[int]],  # the tokens to continue
     lengths: list[int],  # how many tokens each continuation gets
     *,
     pad_token_id: int = 0,  # fills the left of shorter prompts, masked
     num_beams: int = 2,  # beam width; the authors use 2
-    sampling: dict
-    | None = None,  # draw every token instead: `generate`'s settings, for example dict(temperature=1.0, top_k=40); seed PyTorch first
+    sampling: dict | None = None,  # instead: settings of `generate`, such as temperature; seed first
     batch_size: int = 32,  # prompts at a time
 ) -> list[list[int]]:
-    "Beam-search (or sampled) continuations of exactly the given lengths; end-of-sequence is an ordinary token."
-    how = (
-        dict(do_sample=True, **sampling)
-        if sampling
-        else {"do_sample": False, "num_beams": num_beams, "early_stopping": num_beams > 1}
-    )
-    owner = without_adapter(model)  # peft keeps the settings there
-    own_config, owner.generation_config = (
-        owner.generation_config,
-        GenerationConfig(),
-    )  # no end token, no penalties
-    said = []
-    try:
+    "Beam-search (or sampled) continuations of exactly the given lengths; EOS is an ordinary token."
+    if sampling:
+        search = {"do_sample": True, **sampling}
+    else:
+        search = {"do_sample": False, "num_beams": num_beams, "early_stopping": num_beams > 1}
+    continuations = []
+    with _plain_generation(model):
         for k in range(0, len(prompts), batch_size):
-            chunk, wanted = prompts[k : k + batch_size], torch.tensor(lengths[k : k + batch_size])
-            width = max(map(len, chunk))
-            ids = torch.tensor([[pad_token_id] * (width - len(p)) + p for p in chunk])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk])
+            chunk_lengths = torch.tensor(lengths[k : k + batch_size])
+            ids, mask = _pad_left(prompts[k : k + batch_size], pad_token_id)
+            width = ids.shape[1]
             output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=int(wanted.max()),
+                max_new_tokens=int(chunk_lengths.max()),
                 pad_token_id=pad_token_id,
-                stopping_criteria=[OwnLength(width + wanted)],
-                **how,
+                stopping_criteria=[_OwnLength(width + chunk_lengths)],
+                **search,
             )
-            said += [row[width : width + n] for row, n in zip(output.tolist(), wanted.tolist(), strict=False)]
-    finally:
-        owner.generation_config = own_config
-    return said
+            for row, n in zip(output.tolist(), chunk_lengths.tolist(), strict=True):
+                continuations.append(row[width : width + n])
+    return continuations

@@ -269,30 +269,34 @@ def el_positions(
     n: int = 10,  # n-gram size
     start: int | None = None,  # the first offset; None: 3/4 of the real length
     argument: str = "input_ids",  # where the sequences come from, for messages
+    prefix: str = "",  # of the names n and start, for messages: "el_" where they are settings
 ) -> list[int]:
     "The first offset of each sequence, or one clear error when EL_n is not defined there."
-    require(isinstance(n, int) and n > 0, "n", f"{n!r} is not a positive integer", "The paper uses n=10")
+    n_name, start_name = f"{prefix}n", f"{prefix}start"
+    require(
+        isinstance(n, int) and n > 0, n_name, f"{n!r} is not a positive integer", f"The paper uses {n_name}=10"
+    )
     if start is None:
         short = [i for i, length in enumerate(lengths) if length < 4 * n]
         require(
             not short,
             argument,
             f"sequences {short[:5]} have fewer than 4n = {4 * n} tokens, too short for EL_{n}",
-            "Use a smaller n or longer texts",
+            f"Use a smaller {n_name} or longer texts",
         )
         return [3 * length // 4 for length in lengths]
     require(
         isinstance(start, int) and start >= 1,
-        "start",
+        start_name,
         f"{start!r} is not a positive integer",
         "Position 0 has nothing in front of it; start at 1 or later",
     )
     short = [i for i, length in enumerate(lengths) if length - start < n]
     require(
         not short,
-        "start",
+        start_name,
         f"no {n}-gram fits behind position {start} in sequences {short[:5]}",
-        "Use a smaller start or n, or longer texts",
+        f"Use a smaller {start_name} or {n_name}, or longer texts",
     )
     return [start] * len(lengths)
 

@@ -84,7 +84,7 @@ def main(folder, out, job):
                 objective=objective,
                 thresholds=Thresholds(ma=0.0, el=0.0),
                 checkpoint_dir=job.get("checkpoint_dir"),
-                resume=job.get("resume", False),
+                resume_from_checkpoint=job.get("resume_from_checkpoint", False),
                 **options,
             )
     except ICUError as error:

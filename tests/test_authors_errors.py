@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icu_nb import data
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
-from icu_nb.data.pile import pile_extraction
+from icu_nb.data.pile import gpt2_tokenizer, pile_extraction
 from icu_nb.embedding import sentence_embedder
 from icu_nb.iur import Thresholds, score_forget_set, select_published_rule, thresholds_met
 from icu_nb.kui import unlearning_loss
@@ -369,7 +368,7 @@ def test_12_half_of_the_published_neighbors_are_near_duplicates(shared_data, run
 @pytest.fixture(scope="module")
 def pile(shared_data):
     """Texts of run 0, and all published neighbors as the pool."""
-    tokenizer = data.gpt2_tokenizer(shared_data)
+    tokenizer = gpt2_tokenizer(shared_data)
     decode = lambda part, run: tokenizer.batch_decode(pile_extraction(run, shared_data)[part][:])
     forget = decode("input_ids", 0)
     pool = dict.fromkeys(text for run in range(3) for text in decode("neighbor_input_ids", run))

@@ -1,6 +1,7 @@
 """Bad input gets one clear error, which names the argument and the remedy, before any training; nothing is changed."""
 
 import copy
+import importlib
 import math
 import warnings
 
@@ -11,9 +12,8 @@ import torch
 from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import icu_nb.unlearn
 from icu_nb.config import ICUConfig
-from icu_nb.data.files import download
+from icu_nb.data.files import _download
 from icu_nb.data.pile import pile_extraction
 from icu_nb.data.sources import load_corpus
 from icu_nb.embedding import sentence_embedder
@@ -49,7 +49,7 @@ def refused(tiny, monkeypatch):
         def no_training(*args, **kwargs):
             raise AssertionError("it began to train")
 
-        monkeypatch.setattr(icu_nb.unlearn, "train_epoch", no_training)
+        monkeypatch.setattr(importlib.import_module("icu_nb.unlearn"), "train_epoch", no_training)
         model = model or tiny.copy()
         before, mode, dtype = tiny.weights(model), model.training, model.dtype
         with pytest.raises(error, match=match) as caught, warnings.catch_warnings():
@@ -126,11 +126,11 @@ def test_tokens_that_the_model_does_not_know(refused, argument, token):
 
 def test_a_text_too_short_for_el(refused, tiny):
     message = refused(r"`forget`.*\[1\].*40 tokens", forget=[tiny.forget[0], "Too short."])
-    assert is_one_clear_sentence(message) and "smaller n" in message
+    assert is_one_clear_sentence(message) and "smaller el_n" in message
 
 
 def test_a_text_cut_too_short_for_el(refused, tiny):
-    assert "smaller n" in refused("`forget`.*40 tokens", config=tiny.config(max_length=30))
+    assert "smaller el_n" in refused("`forget`.*40 tokens", config=tiny.config(max_length=30))
 
 
 def test_a_text_longer_than_the_context(refused, tiny):
@@ -244,9 +244,9 @@ def test_embedders_that_give_nonsense(refused, embedder):
         ("max_overlap", [-0.1, 1.1, NAN]),
         *(
             (name, [0, -1, 1.5, NAN, "1", None])
-            for name in ("batch_size", "max_epochs", "n", "n_neighbors", "num_beams", "eval_batch_size")
+            for name in ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "eval_batch_size")
         ),
-        *((name, [0, -1, 1.5, NAN, "1"]) for name in ("max_length", "start", "check_steps")),
+        *((name, [0, -1, 1.5, NAN, "1"]) for name in ("max_length", "el_start", "check_steps")),
         ("seed", [-1, 0.5, None]),
         ("stop", ["never", None]),
     ],
@@ -268,8 +268,8 @@ def test_impossible_thresholds(name, value):
 
 @pytest.mark.parametrize("start", [39, 47, 48, 1000])
 def test_a_start_that_leaves_no_room(refused, tiny, start):
-    message = refused("`start`.*10-gram", config=tiny.config(start=start))
-    assert is_one_clear_sentence(message) and "smaller start or n" in message
+    message = refused("`el_start`.*10-gram", config=tiny.config(el_start=start))
+    assert is_one_clear_sentence(message) and "smaller el_start or el_n" in message
 
 
 def test_the_last_possible_start(tiny):
@@ -278,7 +278,7 @@ def test_the_last_possible_start(tiny):
 
 @pytest.mark.parametrize("n", [13, 100])
 def test_an_n_that_leaves_no_room(refused, tiny, n):
-    assert "smaller n" in refused(f"`forget`.*4n = {4 * n}", config=tiny.config(n=n))
+    assert "smaller el_n" in refused(f"`forget`.*4n = {4 * n}", config=tiny.config(el_n=n))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_unknown_names(call, words):
 def test_a_download_that_is_another_file(tmp_path):
     (tmp_path / "other.npy").write_bytes(b"something else")
     with pytest.raises(DownloadError, match="SHA-256.*data_dir"):
-        download((tmp_path / "other.npy").as_uri(), "ab" * 32, tmp_path / "cache" / "file.npy")
+        _download((tmp_path / "other.npy").as_uri(), "ab" * 32, tmp_path / "cache" / "file.npy")
 
 
 @pytest.fixture

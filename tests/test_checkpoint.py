@@ -67,7 +67,7 @@ def in_child(tiny, folder, before):
         )  # its default is shared with this process, and whoever is killed does not give it back
         torch.set_num_threads(1)
         before()
-        run(tiny, folder, resume=True)
+        run(tiny, folder, resume_from_checkpoint=True)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -92,7 +92,7 @@ def test_killed_at_a_random_moment(tiny, tmp_path, undisturbed, seed):
         time.sleep(draw.random() * undisturbed.history[["seconds_train", "seconds_check"]].sum(axis=1).mean())
         process.kill()
         process.join()
-    assert_same_run(run(tiny, tmp_path / "run", resume=True), undisturbed)
+    assert_same_run(run(tiny, tmp_path / "run", resume_from_checkpoint=True), undisturbed)
     assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -120,7 +120,7 @@ def test_killed_in_the_middle_of_a_write(tiny, tmp_path, undisturbed, epoch, sha
         : epoch - 1
     ] or epoch > 2
     assert list((tmp_path / "run").glob(".epoch-*"))
-    assert_same_run(run(tiny, tmp_path / "run", resume=True), undisturbed)
+    assert_same_run(run(tiny, tmp_path / "run", resume_from_checkpoint=True), undisturbed)
 
 
 # ---- resumed ----
@@ -129,17 +129,17 @@ def test_killed_in_the_middle_of_a_write(tiny, tmp_path, undisturbed, epoch, sha
 def test_the_last_two_are_kept_and_a_finished_run_stays_finished(tiny, tmp_path, undisturbed):
     assert_same_run(run(tiny, tmp_path), undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-00004", "epoch-00005"]
-    again = run(tiny, tmp_path, resume=True)
+    again = run(tiny, tmp_path, resume_from_checkpoint=True)
     assert_same_run(again, undisturbed)
     pd.testing.assert_frame_equal(
-        again.history, run(tiny, tmp_path, resume=True).history
+        again.history, run(tiny, tmp_path, resume_from_checkpoint=True).history
     )  # seconds too: nothing was done again
 
 
 def test_resumes_from_a_path(tiny, tmp_path, undisturbed):
     run(tiny, tmp_path)
     shutil.rmtree(tmp_path / "epoch-00005")
-    assert_same_run(run(tiny, None, resume=tmp_path / "epoch-00004"), undisturbed)
+    assert_same_run(run(tiny, None, resume_from_checkpoint=tmp_path / "epoch-00004"), undisturbed)
     assert (tmp_path / "epoch-00005").exists()
 
 
@@ -149,7 +149,7 @@ def test_who_is_active_survives_epochs_without_a_check(tiny, tmp_path):
     whole = run(tiny, check_every=2, refinement=few)
     run(tiny, tmp_path, check_every=2, refinement=few)
     shutil.rmtree(tmp_path / "epoch-00005")
-    assert_same_run(run(tiny, tmp_path, check_every=2, refinement=few, resume=True), whole)
+    assert_same_run(run(tiny, tmp_path, check_every=2, refinement=few, resume_from_checkpoint=True), whole)
 
 
 def test_an_objective_may_draw_at_random(tiny, tmp_path):
@@ -162,7 +162,7 @@ def test_an_objective_may_draw_at_random(tiny, tmp_path):
     whole = run(tiny, objective=noisy)
     run(tiny, tmp_path, objective=noisy)
     shutil.rmtree(tmp_path / "epoch-00005")
-    assert_same_run(run(tiny, tmp_path, objective=noisy, resume=True), whole)
+    assert_same_run(run(tiny, tmp_path, objective=noisy, resume_from_checkpoint=True), whole)
 
 
 def test_an_adapter_is_all_that_is_kept(tiny, tmp_path):
@@ -177,10 +177,10 @@ def test_an_adapter_is_all_that_is_kept(tiny, tmp_path):
     assert stored and all("lora" in name for name in stored)
     shutil.rmtree(tmp_path / "epoch-00005")
     assert_same_run(
-        run(tiny, tmp_path, model=adapted(1), resume=True), whole
+        run(tiny, tmp_path, model=adapted(1), resume_from_checkpoint=True), whole
     )  # whatever the new adapter began with
     with pytest.raises(CheckpointError, match="add the adapter that the run began with"):
-        run(tiny, tmp_path, model=add_lora(tiny.copy(), 8), resume=True)
+        run(tiny, tmp_path, model=add_lora(tiny.copy(), 8), resume_from_checkpoint=True)
 
 
 # ---- refused ----
@@ -222,7 +222,7 @@ def test_another_run_is_refused(tiny, folder, words):
     model = changes.pop("model", None) or tiny.copy()
     weights = tiny.weights(model)
     with pytest.raises(CheckpointError, match="another run") as error:
-        run(tiny, folder, model=model, resume=True, **changes)
+        run(tiny, folder, model=model, resume_from_checkpoint=True, **changes)
     assert words in str(error.value) and content(folder) == before and tiny.same(model, weights)
 
 
@@ -236,7 +236,7 @@ def test_other_texts_are_refused(tiny, folder):
             tiny.config(max_epochs=EPOCHS),
             thresholds=NEVER,
             checkpoint_dir=folder,
-            resume=True,
+            resume_from_checkpoint=True,
         )
 
 
@@ -265,17 +265,17 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(tiny, folder, undisturbed, damage):
     DAMAGES[damage](folder / "epoch-00005")
     with pytest.raises(CheckpointError, match="epoch-00005 .*Delete it to resume from epoch-00004"):
-        run(tiny, folder, resume=True)
+        run(tiny, folder, resume_from_checkpoint=True)
     shutil.rmtree(folder / "epoch-00005")
-    assert_same_run(run(tiny, folder, resume=True), undisturbed)
+    assert_same_run(run(tiny, folder, resume_from_checkpoint=True), undisturbed)
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"resume": True, "checkpoint_dir": None}, "checkpoint_dir"),
-        ({"resume": "no/such/epoch-00001"}, "there is no checkpoint"),
-        ({}, "resume=True"),
+        ({"resume_from_checkpoint": True, "checkpoint_dir": None}, "checkpoint_dir"),
+        ({"resume_from_checkpoint": "no/such/epoch-00001"}, "there is no checkpoint"),
+        ({}, "resume_from_checkpoint=True"),
     ],
 )
 def test_what_would_mix_runs_is_refused(tiny, folder, arguments, words):
@@ -294,7 +294,7 @@ def test_what_would_mix_runs_is_refused(tiny, folder, arguments, words):
 
 
 def test_nothing_to_resume_is_a_beginning(tiny, tmp_path, undisturbed):
-    assert_same_run(run(tiny, tmp_path / "new", resume=True), undisturbed)
+    assert_same_run(run(tiny, tmp_path / "new", resume_from_checkpoint=True), undisturbed)
 
 
 # ---- no room ----
@@ -327,7 +327,7 @@ def test_a_full_disk_leaves_the_good_checkpoint(tiny, tmp_path, undisturbed):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["epoch-00001", "epoch-00002"]
-    assert_same_run(run(tiny, tmp_path / "run", resume=True), undisturbed)
+    assert_same_run(run(tiny, tmp_path / "run", resume_from_checkpoint=True), undisturbed)
 
 
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
@@ -342,6 +342,7 @@ def test_names_are_the_same_in_every_process():
 
     assert (
         icu_nb.checkpoint.name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)"
-        and icu_nb.checkpoint.name_of(gradient_ascent) == "icu_nb.objective.gradient_ascent"
+        and icu_nb.checkpoint.name_of(gradient_ascent) == "GradientAscent()"
     )
+    assert icu_nb.checkpoint.name_of(gradient_ascent.__call__).startswith("icu_nb.objective.")
     assert " at 0x" not in icu_nb.checkpoint.name_of(lambda: None)

@@ -1,7 +1,7 @@
 """icu-unlearn: what it writes, what it says, how it ends; and that no text to forget gets out."""
 
 import copy
-import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,16 +24,19 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import icu_nb.cli
-from icu_nb.cli import OUTCOMES, clear, main
+import icu_nb.run
+import icu_nb.sampled_pool
+from icu_nb.cli import OUTCOMES, main
 from icu_nb.errors import InputError, NonFinite
 from icu_nb.iur import Thresholds
 from icu_nb.models.loading import load_model
 from icu_nb.models.tiny import tiny_gpt_neo
+from icu_nb.result import MESSAGES
 from icu_nb.sampled_pool import sample_pool
 from icu_nb.text import tokenize
-from icu_nb.unlearn import MESSAGES, unlearn
 
 ROOT = Path(__file__).resolve().parents[1]
+LOOP = importlib.import_module("icu_nb.unlearn")  # `icu_nb.unlearn` is the function
 
 
 def lines(path, texts):
@@ -95,11 +98,6 @@ def call(given, tmp_path, capsys):
     return run
 
 
-def instead_of(function, other):
-    """A stand-in from which --help can still be made."""
-    return functools.wraps(function)(lambda *args, **options: other(*args, **options))
-
-
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -128,7 +126,7 @@ def holds_a_piece(data, texts):
 
 def test_the_summary_and_the_folder(call, given, tmp_path, tiny):
     code, out, err = call(
-        heldout=given / "heldout.jsonl", max_epochs=40, learning_rate=5e-3, refinement="select_icu"
+        heldout=given / "heldout.jsonl", max_epochs=40, learning_rate=5e-3, refinement="icu"
     )
     summary = json.loads(out)
     assert (
@@ -182,7 +180,7 @@ def test_settings_reach_the_run(call, tmp_path):
         max_epochs=1,
         alpha=0.25,
         n_neighbors=2,
-        n=5,
+        el_n=5,
         micro_batch_size=2,
         gradient_checkpointing=True,
         seed=7,
@@ -193,7 +191,7 @@ def test_settings_reach_the_run(call, tmp_path):
         "max_epochs": 1,
         "alpha": 0.25,
         "n_neighbors": 2,
-        "n": 5,
+        "el_n": 5,
         "micro_batch_size": 2,
         "gradient_checkpointing": True,
         "seed": 7,
@@ -210,12 +208,8 @@ def test_an_adapter_is_merged(call, given, tmp_path, monkeypatch, rank, expected
     pytest.importorskip("peft")
     ranks = []
     monkeypatch.setattr(
-        icu_nb.cli,
-        "load_model",
-        instead_of(
-            load_model,
-            lambda *args, lora, **options: (ranks.append(lora), load_model(*args, lora=lora, **options))[1],
-        ),
+        "icu_nb.models.loading.load_model",
+        lambda *args, lora, **options: (ranks.append(lora), load_model(*args, lora=lora, **options))[1],
     )
     assert call(lora=rank, max_epochs=1)[0] == 3 and ranks == [expected]
     before, after = load_file(given / "model" / "model.safetensors"), weights(tmp_path / "out")
@@ -245,9 +239,10 @@ def test_another_column_of_a_csv(call, tmp_path, tiny):
     )
 
 
-def test_a_warning_is_one_line(call, tmp_path, tiny):
+def test_a_warning_is_one_line(call, given, tmp_path, tiny):
     lines(tmp_path / "retain.jsonl", [tiny.forget[0], *tiny.retain])
-    code, _, err = call(retain=tmp_path / "retain.jsonl", max_epochs=1)
+    heldout = given / "heldout.jsonl"
+    code, _, err = call(retain=tmp_path / "retain.jsonl", heldout=heldout, max_epochs=1)
     assert (
         code == 3
         and len(said := [line for line in err.splitlines() if "warning" in line]) == 1
@@ -261,7 +256,7 @@ def test_a_warning_is_one_line(call, tmp_path, tiny):
 def test_no_text_to_forget_gets_out(call, given, tmp_path, tiny):
     seen = []
 
-    def look(*given, save=icu_nb.cli.save):
+    def look(*given, save=icu_nb.cli._save):
         checkpoints = tmp_path / "out.checkpoints"
         seen.append(
             {name: data for name, data in content(checkpoints).items() if not name.endswith("state.pt")}
@@ -269,7 +264,7 @@ def test_no_text_to_forget_gets_out(call, given, tmp_path, tiny):
         save(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icu_nb.cli, "save", look)
+        patch.setattr(icu_nb.cli, "_save", look)
         code, out, err = call(heldout=given / "heldout.jsonl")
     assert code == 3 and holds_a_piece((given / "forget.jsonl").read_bytes(), tiny.forget)
     everything = b"".join(content(tmp_path).values()) + (out + err).encode()
@@ -337,11 +332,11 @@ def test_killed_and_resumed(call, given, tmp_path, changes):
     assert (
         code == 2
         and out == ""
-        and "--resume" in err
+        and "--resume-from-checkpoint" in err
         and "--overwrite" in err
         and not (tmp_path / "cut").exists()
     )
-    assert call(out=tmp_path / "cut", resume=True, **changes)[0] == 3
+    assert call(out=tmp_path / "cut", resume_from_checkpoint=True, **changes)[0] == 3
     assert (
         same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
         and not (tmp_path / "cut.checkpoints").exists()
@@ -357,13 +352,13 @@ def test_begun_anew(call, given, tmp_path):
 
 
 def test_nothing_to_resume_is_a_beginning(call):
-    assert call(resume=True, max_epochs=1)[0] == 3
+    assert call(resume_from_checkpoint=True, max_epochs=1)[0] == 3
 
 
 def test_another_run_is_not_resumed(call, given, tmp_path):
     killed(given, tmp_path / "cut", max_epochs=4)
     before = content(tmp_path)
-    code, _, err = call(out=tmp_path / "cut", max_epochs=4, learning_rate=1e-3, resume=True)
+    code, _, err = call(out=tmp_path / "cut", max_epochs=4, learning_rate=1e-3, resume_from_checkpoint=True)
     assert code == 2 and "learning_rate was 0.002 and is 0.001" in err and content(tmp_path) == before
 
 
@@ -371,36 +366,36 @@ def test_interrupted(call, tmp_path, monkeypatch):
     def press_stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "icu_nb.unlearn.report", lambda run, progress, row: row["epoch"] == 1 and press_stop()
-    )
+    monkeypatch.setattr(LOOP, "report", lambda run, bar, row: row["epoch"] == 1 and press_stop())
     code, out, err = call()
     assert (
         code == 130
         and out == ""
-        and "--resume" in err
+        and "--resume-from-checkpoint" in err
         and not (tmp_path / "out").exists()
         and (tmp_path / "out.checkpoints" / "epoch-00001").exists()
     )
     monkeypatch.undo()
-    assert call(resume=True)[0] == 3
+    assert call(resume_from_checkpoint=True)[0] == 3
 
 
 def test_a_folder_that_was_filled_meanwhile(call, tmp_path):
     """Not replaced, and the result is not lost."""
 
-    def save(*given, save=icu_nb.cli.save):
+    def save(*given, save=icu_nb.cli._save):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "letter.txt").write_text("mine")
         save(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icu_nb.cli, "save", save)
+        patch.setattr(icu_nb.cli, "_save", save)
         code, out, err = call()
     assert (
         code == 2
         and out == ""
-        and re.search("^icu-unlearn: error: --out: .* filled during the run.*--resume", err, re.M)
+        and re.search(
+            "^icu-unlearn: error: --out: .* filled during the run.*--resume-from-checkpoint", err, re.M
+        )
     )
     assert (
         content(tmp_path / "out") == {"letter.txt": b"mine"}
@@ -409,7 +404,7 @@ def test_a_folder_that_was_filled_meanwhile(call, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.checkpoints"]
     (tmp_path / "out" / "letter.txt").unlink()
     assert (
-        call(resume=True)[0] == 3
+        call(resume_from_checkpoint=True)[0] == 3
         and (tmp_path / "out" / "model.safetensors").exists()
         and not (tmp_path / "out.checkpoints").exists()
     )
@@ -424,7 +419,7 @@ def test_killed_while_saving(call, given, tmp_path, monkeypatch):
         os.kill(os.getpid(), 9)
 
     with monkeypatch.context() as patch:
-        patch.setattr("icu_nb.cli.UnlearnResult.save_pretrained", half)
+        patch.setattr("icu_nb.result.UnlearnResult.save_pretrained", half)
         process = started(given, tmp_path / "out")
         process.join()
     (leftover,) = tmp_path.glob(".out.*")
@@ -432,7 +427,7 @@ def test_killed_while_saving(call, given, tmp_path, monkeypatch):
     others = [".out.backups1/letters", ".out.config/out", ".other.abcd1234/other", ".out.abcd1234/old"]
     for other in others:
         (tmp_path / other).mkdir(parents=True)
-    assert call(resume=True)[0] == 3
+    assert call(resume_from_checkpoint=True)[0] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["out", *(other.split("/")[0] for other in others)]
     ), "an old folder stays while there is no new one"
@@ -447,11 +442,11 @@ def test_only_checkpoints_are_cleared(tmp_path):
     folder = tmp_path / "out.checkpoints"
     for name in ("epoch-00001", ".epoch-00002.k3_x9a0b", "letters"):
         (folder / name).mkdir(parents=True)
-    clear(folder)
+    icu_nb.cli._clear(folder)
     assert [path.name for path in folder.iterdir()] == ["letters"]
     (folder / "letters").rmdir()
-    clear(folder)
-    clear(folder)
+    icu_nb.cli._clear(folder)
+    icu_nb.cli._clear(folder)
     assert not folder.exists()
 
 
@@ -459,7 +454,7 @@ def test_no_number(call, tmp_path, monkeypatch):
     def broken(*args):
         raise NonFinite("the loss is nan in batch 1; the model is as it was before that step")
 
-    monkeypatch.setattr("icu_nb.unlearn.train_epoch", broken)
+    monkeypatch.setattr(LOOP, "train_epoch", broken)
     code, out, err = call()
     assert (
         code == 4
@@ -533,9 +528,8 @@ def test_bad_input(call, work, monkeypatch, wrong):
     changes, words = BAD[wrong]
     if wrong not in ("no such model", "too short", "no rank"):
         monkeypatch.setattr(
-            icu_nb.cli,
-            "load_model",
-            instead_of(load_model, lambda *args, **options: pytest.fail("it loaded the model first")),
+            "icu_nb.models.loading.load_model",
+            lambda *args, **options: pytest.fail("it loaded the model first"),
         )
     before = content(work.parent)
     code, out, err = call(**{"out": work / "out", **changes})
@@ -561,7 +555,7 @@ def test_bad_input(call, work, monkeypatch, wrong):
         "out.checkpoints",
     ],
 )
-@pytest.mark.parametrize("changes", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"overwrite": True}, {"resume_from_checkpoint": True}], ids=str)
 def test_a_folder_of_checkpoints_that_is_not_ours(call, tmp_path, there, changes):
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).write_text("mine")
@@ -605,7 +599,7 @@ def test_longer_than_the_context_is_said_first(call, tmp_path, tiny, monkeypatch
     short = lambda texts: tiny.tokenizer.batch_decode(tokenize(texts, tiny.tokenizer, 56).tokens())
     lines(tmp_path / "forget.jsonl", tiny.forget if heldout == "fits" else short(tiny.forget))
     lines(tmp_path / "heldout.jsonl", tiny.heldout if heldout == "long" else short(tiny.heldout))
-    for name in ("icu_nb.iur.memorization_scores", "icu_nb.cli.sample_pool"):
+    for name in ("icu_nb.iur.memorization_scores", "icu_nb.sampled_pool.sample_pool"):
         monkeypatch.setattr(name, lambda *args, **options: pytest.fail("it asked the model first"))
     code, out, err = call(
         forget=tmp_path / "forget.jsonl", heldout=tmp_path / "heldout.jsonl", retain=None, max_length=None
@@ -689,7 +683,7 @@ def test_an_old_folder_goes_when_the_new_one_is_there(call, given, work, monkeyp
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(*given, save=icu_nb.cli.save):
+    def save(*given, save=icu_nb.cli._save):
         """Saved on a disk with no room for it: a file may grow to so many bytes and no further."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
@@ -698,16 +692,16 @@ def test_an_old_folder_goes_when_the_new_one_is_there(call, given, work, monkeyp
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icu_nb.cli, "save", save)
+        patch.setattr(icu_nb.cli, "_save", save)
         code, out, err = call(out=work / "used", overwrite=True)
     assert (
         code == 2
         and "File too large" in err
-        and "--resume" in err
+        and "--resume-from-checkpoint" in err
         and out == ""
         and list((work / "used").iterdir()) == [work / "used" / "forget.jsonl"]
     )
-    assert call(out=work / "used", overwrite=True, resume=True)[0] == 3
+    assert call(out=work / "used", overwrite=True, resume_from_checkpoint=True)[0] == 3
     assert (work / "used" / "model.safetensors").exists() and not (work / "used" / "forget.jsonl").exists()
     assert sorted(path.name for path in work.iterdir() if "used" in path.name) == ["used"]
 
@@ -716,7 +710,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(call, monkeypatch):
     def bug(*args, **options):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(icu_nb.cli, "unlearn", instead_of(unlearn, bug))
+    monkeypatch.setattr(LOOP, "unlearn", bug)
     with pytest.raises(ZeroDivisionError):
         call()
 
@@ -793,8 +787,8 @@ def test_two_processes(in_two_processes, tmp_path):
 def rounds_otherwise(*job):
     """One of several processes, of which the second finds other thresholds and another pool."""
     rank = int(os.environ["RANK"])
-    icu_nb.cli.calibrate_thresholds = lambda *args, **options: Thresholds(ma=float(rank), el=float(rank))
-    icu_nb.cli.sample_pool = lambda model, tokenizer, n, *args, **options: [
+    icu_nb.run.calibrate_thresholds = lambda *args, **options: Thresholds(ma=float(rank), el=float(rank))
+    icu_nb.sampled_pool.sample_pool = lambda model, tokenizer, n, *args, **options: [
         f"{rank} says number {i} " * 20 for i in range(n)
     ]
     speaks_to(*job)
@@ -824,7 +818,9 @@ def test_what_the_model_recites_is_left_out(tiny):
 
 def test_a_model_that_says_nothing_else(tiny, monkeypatch):
     monkeypatch.setattr(
-        icu_nb.cli, "sample_tokens", lambda model, starts, length, generator: tiny.sequences.input_ids[:2]
+        icu_nb.sampled_pool,
+        "sample_tokens",
+        lambda model, starts, length, generator: tiny.sequences.input_ids[:2],
     )
     assert len(sample_pool(tiny.model, tiny.tokenizer, 2, max_length=48)) == 2
     with pytest.raises(InputError, match="`forget`.*only 1 are new"):
@@ -836,7 +832,9 @@ def test_a_model_that_says_nothing_else(tiny, monkeypatch):
 def test_a_sampled_pool_begins_as_the_tokenizer_does(tiny, bos_tokenizer, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        icu_nb.cli, "sample_tokens", lambda model, starts, length, generator: (seen.append(starts), starts)[1]
+        icu_nb.sampled_pool,
+        "sample_tokens",
+        lambda model, starts, length, generator: (seen.append(starts), starts)[1],
     )
     sample_pool(tiny.model, bos_tokenizer, 3, max_length=8)
     assert (
@@ -850,7 +848,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny, monkeypatch):
     tokenizer, seen = copy.deepcopy(tiny.tokenizer), []
     tokenizer.add_tokens([f"<image{i}>" for i in range(300)])
     monkeypatch.setattr(
-        icu_nb.cli, "sample_tokens", lambda model, starts, length, generator: (seen.append(starts), starts)[1]
+        icu_nb.sampled_pool,
+        "sample_tokens",
+        lambda model, starts, length, generator: (seen.append(starts), starts)[1],
     )
     sample_pool(tiny.model, tokenizer, 3, max_length=8)
     assert len(tokenizer) == 600 and seen[0].max() < 300

@@ -26,7 +26,7 @@ from transformers import (
 import icu_nb.cle
 import icu_nb.embedding
 import icu_nb.models.head
-import icu_nb.unlearn
+import icu_nb.run
 from icu_nb.batch import Batch, Part, Term
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
 from icu_nb.config import ICUConfig
@@ -329,7 +329,7 @@ def test_all_ways_of_remembering_say_the_same(family):
         torch.testing.assert_close(original.hidden("neighbor", rows), hidden, rtol=0, atol=1e-9)
         assert original.bytes > 0 and not original.logits("neighbor", rows).requires_grad
     torch.testing.assert_close(
-        copied.ask(lambda m, batch: m(**vars(batch)).logits, ids), before, rtol=0, atol=1e-9
+        copied.apply(lambda m, batch: m(**vars(batch)).logits, ids), before, rtol=0, atol=1e-9
     )
     adapted = peft.get_peft_model(build(family), peft.LoraConfig(target_modules="all-linear"))
     switched = OriginalModel(adapted, {"neighbor": work.neighbors}, anything=True)
@@ -382,7 +382,7 @@ def test_weights_that_train_beside_an_adapter_cannot_be_switched_off():
 def test_other_texts_can_be_asked_about_only_if_that_was_said():
     work = task()
     with pytest.raises(InputError, match="anything"):
-        OriginalModel(build("gpt2"), {"neighbor": work.neighbors}).ask(last_hidden_states, work.forget)
+        OriginalModel(build("gpt2"), {"neighbor": work.neighbors}).apply(last_hidden_states, work.forget)
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "llama", "opt"])
@@ -439,7 +439,7 @@ def test_an_objective_may_ask_about_anything(tiny):
         needs_reference = ("anything",)
 
         def __call__(self, model, batch, reference):
-            states = reference.ask(last_hidden_states, batch.together("forget", "neighbor"))
+            states = reference.apply(last_hidden_states, batch.together("forget", "neighbor"))
             seen.append((reference.way, states.shape))
             return gradient_ascent(model, batch, reference)
 
@@ -520,7 +520,7 @@ def test_a_run_that_cannot_begin_leaves_the_layers_alone(tiny, monkeypatch):
     def fails(*_):
         raise InputError("no such processes")
 
-    monkeypatch.setattr(icu_nb.unlearn, "prepared", fails)
+    monkeypatch.setattr(icu_nb.run, "_prepared", fails)
     model = tiny.copy()
     with pytest.raises(InputError, match="no such processes"):
         unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(gradient_checkpointing=True))
@@ -546,7 +546,7 @@ def test_recomputing_needs_layers(tiny):
         pass
 
     with pytest.raises(InputError, match="gradient_checkpointing"):
-        icu_nb.unlearn.recompute_layers(Plain())
+        icu_nb.run.recompute_layers(Plain())
 
 
 def test_checks_every_other_epoch(tiny):
@@ -660,7 +660,7 @@ def test_the_arithmetic_follows_the_device(monkeypatch, has_gpu, native, expecte
 )
 def test_a_gpu_says_what_the_cpu_says(tiny, monkeypatch, name, settings):
     """In 32 bits: two epochs end at the same MA, and their losses differ by rounding."""
-    monkeypatch.setattr(icu_nb.unlearn, "mixed_precision", lambda: "no")
+    monkeypatch.setattr(icu_nb.run, "mixed_precision", lambda: "no")
     ends = []
     for device in ("cpu", "cuda"):
         result = unlearn(
@@ -910,7 +910,7 @@ def test_a_damaged_file_of_embeddings_is_made_again(cache):
     embedder(["a"])
     (file,) = (cache / "cache").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:40])
-    assert embedder(["a"]).tolist() == [[1, 2]] and icu_nb.embedding.load_vectors(file.parent)
+    assert embedder(["a"]).tolist() == [[1, 2]] and icu_nb.embedding._load_vectors(file.parent)
 
 
 def test_an_embedder_that_errs_leaves_nothing_behind(cache):

@@ -337,7 +337,7 @@ def test_calibrated_thresholds_are_the_means_of_unseen_texts(small):
         ({"heldout": []}, "`heldout`"),
         ({"heldout": ["too short"]}, "too short"),
         ({"el_floor": NAN}, "`el_floor`"),
-        ({"start": 0}, "`start`"),
+        ({"el_start": 0}, "`el_start`"),
     ],
 )
 def test_calibration_refuses_bad_input(small, argument, words):

@@ -14,7 +14,7 @@ from icu_nb.checkpoint import CheckpointError
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
 from icu_nb.methods.edits import add_vector, fuse_by_least_squares, retrain, task_vector
-from icu_nb.methods.objectives import layer_states
+from icu_nb.methods.objectives import _layer_states
 from icu_nb.methods.registry import METHODS, get_method
 from icu_nb.models.loading import add_lora
 from icu_nb.models.tiny import tiny_gpt_neo
@@ -346,7 +346,7 @@ def test_rmu_trains_no_layer_behind_its_own():
 def test_states_of_a_layer_are_those_that_transformers_reports(family):
     model, texts = build(family), task().forget
     wanted = model(**vars(texts), output_hidden_states=True).hidden_states[1]
-    torch.testing.assert_close(layer_states(model, texts, 0), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(_layer_states(model, texts, 0), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["rmu", "llmu", "po", "npo", "undial", "dpo"])
@@ -471,7 +471,7 @@ def test_alternatives_belong_to_the_run(tiny, tmp_path):
         thresholds=NEVER,
         alternatives=said,
         checkpoint_dir=tmp_path,
-        resume=resume,
+        resume_from_checkpoint=resume,
     )
     run(False, tiny.heldout)
     assert run(True, tiny.heldout).stop_reason == "max_epochs"

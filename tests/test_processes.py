@@ -159,10 +159,10 @@ def test_only_the_first_writes_and_all_resume(start, tmp_path):
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["epoch-00001", "epoch-00002"]
     (tmp_path / "run").mkdir()
     (tmp_path / "whole" / "epoch-00001").rename(tmp_path / "run" / "epoch-00001")
-    resumed = start(2, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume=True)
+    resumed = start(2, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume_from_checkpoint=True)
     assert_same_run(whole, resumed, tolerance=0)
     assert_same_run(
-        start(1, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume=True), resumed, tolerance=0
+        start(1, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume_from_checkpoint=True), resumed, tolerance=0
     )  # one process reads what two wrote
 
 

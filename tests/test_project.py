@@ -2,8 +2,8 @@
 
 import configparser
 import json
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,13 +19,20 @@ from icu_nb.paper.tables import pool_draws, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-CHAPTERS = sorted(
-    NBS.glob("[0-9]*.ipynb"), key=lambda f: f.name
-)  # file-name order is reading order: 06_, 06a_, 07_
+CHAPTERS = sorted(NBS.glob("learn/*.ipynb"))  # file-name order is reading order
+GUIDE = [NBS / f"guide/{name}.ipynb" for name in ("your_own_model", "at_scale")]
+READING = [  # what is read one after the other; nbs/library is looked up
+    NBS / "00_quickstart.ipynb",
+    *CHAPTERS,
+    *GUIDE,
+    *sorted(NBS.glob("paper/*.ipynb")),
+    NBS / "course/syllabus.ipynb",
+]
+LIBRARY = sorted(NBS.glob("library/**/*.ipynb"))
 NOTEBOOKS = sorted(f for f in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda f: f.relative_to(NBS).as_posix())
-each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda f: f.name)
+each_lesson = pytest.mark.parametrize("path", READING, ids=lambda f: f.relative_to(NBS).as_posix())
 
 
 # ---- reading notebooks ----
@@ -62,15 +69,6 @@ def exported_module(path):
     )
 
 
-def imported_modules(source):
-    """Names of the modules of icu_nb that a cell imports."""
-    names = re.findall(r"^\s*(?:from|import)\s+icu_nb\.(\w+)", source, re.M)
-    names += re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.M)
-    for group in re.findall(r"^\s*from\s+icu_nb\s+import\s+\(?([\w\s,]+)", source, re.M):
-        names += [n.split()[0] for n in group.split(",") if n.strip()]
-    return set(names)
-
-
 def settings(*names):
     project = configparser.ConfigParser()
     project.read(ROOT / "settings.ini")
@@ -80,46 +78,27 @@ def settings(*names):
 # ---- notebooks and library ----
 
 
-def test_there_are_notebooks():
-    assert CHAPTERS
+def test_every_notebook_has_its_room():
+    rooms = {path.relative_to(NBS).parts[0] for path in NOTEBOOKS}
+    assert rooms == {"00_quickstart.ipynb", "glossary.ipynb", "learn", "guide", "library", "paper", "course"}
+    assert {*NBS.glob("guide/*.ipynb")} == {*GUIDE}
 
 
-def test_library_is_what_the_notebooks_export(tmp_path):
+def test_library_is_what_the_notebooks_export():
     pytest.importorskip("nbdev")
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    shutil.copytree(NBS, tmp_path / "nbs")
-    subprocess.run(
-        [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
-        cwd=tmp_path,
-        check=True,
-        timeout=300,
-    )
-
-    def library(root):  # _modidx.py serves nbdev's documentation only
-        return {
-            f.name: f.read_text(encoding="utf-8")
-            for f in (root / "icu_nb").glob("*.py")
-            if f.name != "_modidx.py"
-        }
-
-    made, stored = library(tmp_path), library(ROOT)
-    assert made.keys() == stored.keys()
-    stale = [name for name in made if made[name] != stored[name]]
-    assert not stale, f"edit the notebook and run make export: {stale}"
+    done = subprocess.run([sys.executable, ROOT / "tools/check_export.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-@each_chapter
-def test_makes_at_most_one_module(path):
-    assert len(exported_module(path)) <= 1
-
-
-@each_chapter
-def test_imports_only_from_earlier_notebooks(path):
-    if not exported_module(path):
-        return  # a notebook that makes no module may import anything
-    earlier = {m for f in CHAPTERS if f.name < path.name for m in exported_module(f)}
-    used = set().union(*(imported_modules(text(c["source"])) for c in cells(path, "code")))
-    assert used <= earlier, f"not made by an earlier notebook: {used - earlier}"
+def test_each_module_has_one_notebook_in_its_room():
+    """learn makes modules of the core, library/WING/x makes WING.x, and nothing else makes any."""
+    made = {path: exported_module(path) for path in NOTEBOOKS}
+    assert max(map(len, made.values())) == 1
+    makers = [path for path, modules in made.items() if modules]
+    assert len({made[path][0] for path in makers}) == len(makers)
+    assert {*makers} <= {*CHAPTERS, *LIBRARY}
+    for path in LIBRARY:
+        assert made[path] == [".".join(path.relative_to(NBS / "library").with_suffix("").parts)], path
 
 
 @each_notebook
@@ -150,30 +129,27 @@ def test_opens_with_title_promise_and_badge(path):
 
 @each_notebook
 def test_first_code_cell_is_the_same_everywhere(path):
-    """It prepares Colab; tests/test_colab.py plays it, and looks at few notebooks unless asked for all."""
+    """It prepares Colab; tests/test_colab.py plays it."""
     first, quickstart = (text(cells(f, "code")[0]["source"]) for f in (path, NBS / "00_quickstart.ipynb"))
     assert first == quickstart
 
 
 def test_first_code_cell_installs_the_version_of_settings():
-    user, repo, version = settings("user", "repo", "version")
+    """From the tag of the version if there is one, and from the branch otherwise."""
+    user, repo, branch, version = settings("user", "repo", "branch", "version")
     cell = text(cells(NBS / "00_quickstart.ipynb", "code")[0]["source"])
-    assert re.findall(r'"(git\+[^"]+)"', cell) == [f"git+https://github.com/{user}/{repo}@v{version}"]
+    assert f'repo = "https://github.com/{user}/{repo}"\n' in cell
+    assert f'release = "v{version}"\n' in cell
+    assert f"git+{{repo}}@{{release if tag else '{branch}'}}" in cell
 
 
-@each_notebook
-def test_links_lead_to_notebooks_that_exist(path):
-    for link in re.findall(
-        r"\]\(([\w./-]+\.ipynb)\)", "\n".join(text(c["source"]) for c in cells(path, "markdown"))
-    ):
-        assert (path.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("path", [f for f in CHAPTERS if f.name >= "10"], ids=lambda f: f.name)
+@pytest.mark.xfail(reason="the reading order is new", strict=False)
+@each_lesson
 def test_ends_with_the_next_notebook(path):
-    """From 10 on the notebooks are read in the order of their names; the last leads back to the first."""
-    following = dict(zip(CHAPTERS, [*CHAPTERS[1:], CHAPTERS[0]], strict=False))[path]
-    assert re.search(rf"^Next: \[[^\]]+\]\({following.name}\)", text(cells(path)[-1]["source"]), re.M)
+    """Quickstart, chapters, guide, paper, course; the last leads back to the first."""
+    following = READING[(READING.index(path) + 1) % len(READING)]
+    link = Path(os.path.relpath(following, path.parent)).as_posix()
+    assert re.search(rf"^Next: \[[^\]]+\]\({link}\)", text(cells(path)[-1]["source"]), re.M), link
 
 
 def prose(path):
@@ -181,22 +157,20 @@ def prose(path):
 
 
 def test_first_uses_lead_to_the_glossary():
-    """Its words stand there in small letters, so that every program makes the same anchor of them; each is linked once from 00 to 10, and says where it is defined."""
+    """Its words stand there in small letters, so that every program makes the same anchor of them.
+
+    Each says where it is defined, and quickstart and chapters link none of them twice.
+    """
     entries = dict(re.findall(r"^### (.+)\n(.+)", prose(NBS / "glossary.ipynb"), re.M))
     assert entries and all(re.fullmatch("[a-z]+([ -][a-z]+)*", term) for term in entries)
     for meaning in entries.values():
-        assert re.search(r"Defined in \[\w+\]\(\w+\.ipynb\)\.$", meaning), meaning
-    linked = [
-        anchor
-        for path in CHAPTERS
-        if path.name < "11"
-        for anchor in re.findall(r"\]\(glossary\.ipynb#([^)]*)\)", prose(path))
-    ]
-    assert sorted(linked) == sorted(term.replace(" ", "-") for term in entries)
-    everywhere = [
-        anchor for path in NOTEBOOKS for anchor in re.findall(r"glossary\.ipynb#([^)]*)\)", prose(path))
-    ]
-    assert set(everywhere) <= set(linked)
+        assert re.search(r"Defined in \[\w+\]\([\w/]+\.ipynb\)\.$", meaning), meaning
+    anchors = {path: re.findall(r"glossary\.ipynb#([^)]*)\)", prose(path)) for path in NOTEBOOKS}
+    assert {one for found in anchors.values() for one in found} <= {
+        term.replace(" ", "-") for term in entries
+    }
+    first = [one for path in READING[: 1 + len(CHAPTERS)] for one in anchors[path]]
+    assert len(set(first)) == len(first) >= len(entries) // 2
 
 
 # ---- what is stored ----
@@ -250,7 +224,7 @@ def test_checked_cells_have_output_to_compare(path):
 
 @each_notebook
 def test_is_clean(path):
-    """As nbdev_clean leaves it: no execution counts, no cell metadata but tags, alternative texts and slides, an id for each cell."""
+    """As nbdev_clean leaves it: no execution counts, an id for each cell, and little metadata."""
     for cell in cells(path):
         assert (
             cell.get("execution_count") is None
@@ -327,21 +301,21 @@ def test_readme_says_how_long_the_tiny_rows_took():
 
 
 def test_what_readme_says_of_attackers_stands_in_the_rows():
-    readme, rows = (
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        pd.read_csv(ROOT / "figures/data/audit.csv"),
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = pd.read_csv(ROOT / "figures/data/audit.csv")
     mean = rows.groupby(["metric", "model"]).value.mean().map("{:.2f}".format)
     auc, back = mean["AUC loss"], mean["some forget texts: MA"]
     assert auc["gradient ascent"] == auc["NPO"] and back["gradient ascent"] == back["NPO"]
-    assert (
-        f"is {auc['ICU']} after ICU and {auc['NPO']} after gradient ascent and NPO (a second retraining: {auc['retrained']})"
-        in readme
+    told = (
+        f"is {auc['ICU']} after ICU and {auc['NPO']} after gradient ascent and NPO "
+        f"(a second retraining: {auc['retrained']})"
     )
-    assert (
-        f"back to {back['ICU']} after ICU, and to {back['NPO']} after the other two (retrained: {back['retrained']})"
-        in readme
+    assert told in readme
+    told = (
+        f"back to {back['ICU']} after ICU, and to {back['NPO']} after the other two "
+        f"(retrained: {back['retrained']})"
     )
+    assert told in readme
     of = rows.pivot_table(index=["model", "seed"], columns="metric", values="value").loc[
         ["ICU", "gradient ascent", "NPO"]
     ]

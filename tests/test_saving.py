@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_made(result, tmp_path):
 def test_tensorboard_gets_a_row_per_epoch(tiny, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.chdir(tmp_path)
-    history = run(tiny, tracker="tensorboard").history
+    history = run(tiny, report_to="tensorboard").history
     (events,) = (
         path.parent
         for path in (tmp_path / "runs").rglob("events.out.*")
@@ -183,8 +183,8 @@ def test_trackers_that_are_not_there(tiny, name, words):
         pytest.skip(f"{name} is installed")
     model = tiny.copy()
     weights = tiny.weights(model)
-    with pytest.raises(InputError, match=f"`tracker`: '{name}' {words}"):
-        run(tiny, model, tracker=name)
+    with pytest.raises(InputError, match=f"`report_to`: '{name}' {words}"):
+        run(tiny, model, report_to=name)
     assert tiny.same(model, weights)
 
 

@@ -1,6 +1,7 @@
 """`unlearn` keeps its contract: what it returns, why it stops, what it leaves alone."""
 
 import copy
+import importlib
 import warnings
 
 import datasets
@@ -12,8 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import icu_nb.run
-import icu_nb.unlearn
-from icu_nb.iur import Thresholds, is_forgotten
+from icu_nb.iur import Thresholds, is_forgotten, select_published_rule
 from icu_nb.metrics import memorization_scores
 from icu_nb.objective import ICU, Objective, gradient_ascent
 from icu_nb.result import UnlearnResult
@@ -239,7 +239,7 @@ def test_interrupted_in_the_first_check(tiny, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(icu_nb.unlearn, "check_all", interrupt)
+    monkeypatch.setattr(importlib.import_module("icu_nb.unlearn"), "check_all", interrupt)
     result = run(tiny)
     assert result.stop_reason == "interrupted" and len(result.history) == len(result.samples) == 0
     assert result.history.columns.tolist() == HISTORY and result.samples.columns.tolist() == SAMPLES
@@ -297,7 +297,7 @@ def test_a_model_that_blew_up_is_not_called_forgetful(tiny, batch_size):
 def test_only_the_active_train(tiny):
     """Every epoch trains on exactly those that the check before it left active."""
     spy = Spy()
-    result = run(tiny, objective=spy, max_epochs=4, learning_rate=5e-3)
+    result = run(tiny, objective=spy, refinement=select_published_rule, max_epochs=4, learning_rate=5e-3)
     left = list(spy.rows)
     for epoch in range(4):
         before = result.samples[result.samples["epoch"] == epoch]

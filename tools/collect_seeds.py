@@ -33,17 +33,17 @@ def markdown(table):
 
 def shares(table):
     """Per data set and seed: ICU's rises as a share of gradient ascent's, and what general text paid."""
-    lines = [
-        "| data set | seed | neighbors | held-out | general, ICU | general, gradient ascent | MA, gradient ascent minus ICU |",
-        "|---" * 7 + "|",
-    ]
+    columns = ["data set", "seed", "neighbors", "held-out", "general, ICU", "general, gradient ascent"]
+    columns.append("MA, gradient ascent minus ICU")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (dataset, seed), group in table.groupby(["dataset", "seed"], sort=False):
-        before, icu, ascent = (group.set_index("state").loc[state] for state in STATES[:3])
-        share = lambda m: f"{(icu[m] - before[m]) / (ascent[m] - before[m]):.2f}"
-        general = lambda state: f"{state['general_ppl'] / before['general_ppl'] - 1:+.0%}"
-        lines.append(
-            f"| {dataset} | {seed} | {share('neighbor_ppl')} | {share('heldout_ppl')} | {general(icu)} | {general(ascent)} | {ascent['ma'] - icu['ma']:+.3f} |"
-        )
+        measured = group.set_index("state")[METRICS].astype(float)
+        before, icu, ascent = (measured.loc[state] for state in STATES[:3])
+        shares = (icu - before) / (ascent - before)
+        cells = [dataset, seed, f"{shares.neighbor_ppl:.2f}", f"{shares.heldout_ppl:.2f}"]
+        cells += [f"{state.general_ppl / before.general_ppl - 1:+.0%}" for state in (icu, ascent)]
+        cells.append(f"{ascent.ma - icu.ma:+.3f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

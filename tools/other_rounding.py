@@ -1,4 +1,6 @@
-"""Execute a notebook with the tiny model's first weights changed by about a millionth, as another processor's rounding would: which cells fail then?
+"""Which cells of a notebook fail where the tiny model's first weights are changed by about a millionth?
+
+Another processor's rounding would do as much.
 
 python tools/other_rounding.py NOTEBOOK SEED [OUT]    OUT: keep the executed notebook there
 """

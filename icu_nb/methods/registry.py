@@ -10,8 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..errors import require
+
+if TYPE_CHECKING:
+    from icu_nb.objective import Objective
 
 # %% ../../nbs/library/methods/registry.ipynb #9673a782
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class MethodSettings:
     loss: Mapping = field(default_factory=dict)  # arguments of the objective
 
 # %% ../../nbs/library/methods/registry.ipynb #20e1ab08
-def _load(path: str) -> Callable:
+def _load(path: str) -> Any:
     "What `module:name` names. Figures read the records, too, and should not wait for PyTorch."
     module, name = path.split(":")
     return getattr(import_module(f"icu_nb.{module}"), name)
@@ -47,8 +51,8 @@ class Method:
     variant_of: str = ""  # the method that it is with other settings
 
     @property
-    def objective(self) -> Callable | None:
-        "A class whose fields are its settings, or the objective itself; None where there is none."
+    def objective(self) -> "type[Objective] | None":
+        "A dataclass whose fields are its settings; None where there is none."
         return _load(self.objective_path) if self.objective_path else None
 
     @property
@@ -63,20 +67,19 @@ class Method:
 
     def make(
         self,
-        **settings,  # of its loss; what is left out is as published (EUL's as in re-implementations)
-    ) -> Callable:  # (model, batch, reference) -> named loss terms, for `unlearn(..., objective=)`
+        **settings: float,  # of its loss; what is left out is as published (EUL's as in re-implementations)
+    ) -> "Objective":  # for `unlearn(..., objective=)`
         "The method's objective."
         made_by = f"`{self.edit.__name__}` makes it" if self.edit else "it is only measured"
+        trained = [name for name, method in METHODS.items() if method.objective_path]
         require(
-            self.objective is not None,
+            self.name in trained,
             "name",
             f"{self.name!r} has no objective: {made_by}",
-            f"Objectives: {', '.join(name for name, method in METHODS.items() if method.objective)}",
+            f"Objectives: {', '.join(trained)}",
         )
-        if not dataclasses.is_dataclass(self.objective):
-            known = []
-        else:
-            known = [setting.name for setting in dataclasses.fields(self.objective)]
+        objective = _load(self.objective_path)
+        known = [setting.name for setting in dataclasses.fields(objective)]
         unknown = [setting for setting in settings if setting not in known]
         require(
             not unknown,
@@ -84,7 +87,7 @@ class Method:
             f"{self.name} has no such setting",
             f"Its settings: {', '.join(known) or 'none'}",
         )
-        return self.objective(**settings) if dataclasses.is_dataclass(self.objective) else self.objective
+        return objective(**settings)
 
 # %% ../../nbs/library/methods/registry.ipynb #c192c391
 _YARDSTICKS = (
@@ -96,24 +99,29 @@ _YARDSTICKS = (
 # %% ../../nbs/library/methods/registry.ipynb #21a43407
 _TOFU = "TOFU, arXiv 2401.06121"
 _OF_TOFU = MethodSettings(1e-5, 32, 5)
-_OF_ICU = {
-    "objective_path": "objective:ICU",
-    "published": MethodSettings(5e-6, 8),
-    "tuned": MethodSettings(1e-4),
-    "source": "arXiv 2407.20271, its code",
-}
+_ICU = Method(
+    "icu",
+    "ICU",
+    "#0072B2",
+    "o",
+    "objective:ICU",
+    refinement="icu",
+    published=MethodSettings(5e-6, 8),
+    tuned=MethodSettings(1e-4),
+    source="arXiv 2407.20271, its code",
+)
+_ICU_PUBLISHED_RULE = dataclasses.replace(
+    _ICU,
+    name="icu_published_rule",
+    label="ICU (published rule)",
+    marker="s",
+    refinement="published_rule",
+    variant_of="icu",
+)
 
 _ASCENT = (
-    Method("icu", "ICU", "#0072B2", "o", refinement="icu", **_OF_ICU),
-    Method(
-        "icu_published_rule",
-        "ICU (published rule)",
-        "#0072B2",
-        "s",
-        refinement="published_rule",
-        variant_of="icu",
-        **_OF_ICU,
-    ),
+    _ICU,
+    _ICU_PUBLISHED_RULE,
     Method(
         "ga",
         "gradient ascent",
@@ -201,23 +209,28 @@ _OTHER_ANSWERS = (
 )
 
 # %% ../../nbs/library/methods/registry.ipynb #05b334c3
-_OF_NPO = {
-    "objective_path": "methods.objectives:NPO",
-    "published": MethodSettings(1e-5, 32, 10),
-    "source": "arXiv 2404.05868, its code",
-}
+_NPO = Method(
+    "npo",
+    "NPO",
+    "#CC79A7",
+    "^",
+    "methods.objectives:NPO",
+    published=MethodSettings(1e-5, 32, 10),
+    tuned=MethodSettings(1e-4, loss={"beta": 0.02}),
+    source="arXiv 2404.05868, its code",
+)
+_NPO_AS_PUBLISHED = dataclasses.replace(
+    _NPO,
+    name="npo_as_published",
+    label="NPO as published",
+    marker="v",
+    tuned=MethodSettings(3e-4),
+    variant_of="npo",
+)
 
 _PREFERENCE = (
-    Method("npo", "NPO", "#CC79A7", "^", tuned=MethodSettings(1e-4, loss={"beta": 0.02}), **_OF_NPO),
-    Method(
-        "npo_as_published",
-        "NPO as published",
-        "#CC79A7",
-        "v",
-        tuned=MethodSettings(3e-4),
-        variant_of="npo",
-        **_OF_NPO,
-    ),
+    _NPO,
+    _NPO_AS_PUBLISHED,
     Method(
         "simnpo",
         "SimNPO",

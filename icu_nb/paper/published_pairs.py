@@ -7,6 +7,7 @@ __all__ = ['extraction_neighbors']
 
 # %% ../../nbs/library/paper/published_pairs.ipynb #af3562c5
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,34 +15,34 @@ from ..cle import check_choice, choose_neighbors
 from ..embedding import embed_checked
 from ..errors import require
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # %% ../../nbs/library/paper/published_pairs.ipynb #c9bb5950
 def extraction_neighbors(
     forget: np.ndarray,  # int array [n, T]: the tokens of one run's forget sequences
-    full: np.ndarray,  # int array [m, T]: the sequences they are drawn from; `data.full_extraction_set` for the paper's
-    tokenizer,  # GPT-2's
+    full: np.ndarray,  # int array [m, T]: the sequences they are drawn from, `full_extraction_set`
+    tokenizer: "PreTrainedTokenizerBase",  # GPT-2's
     *,
     embedder: Callable,  # texts -> float array [n, D]; the paper's: sentence_embedder("all-MiniLM-L6-v2")
     k: int = 1,  # neighbors per sequence; the authors publish ten
     max_overlap: float = 0.5,  # as in `nearest_neighbors`; 1.0: the paper's way, near-duplicates and all
 ) -> np.ndarray:  # IntArray [n, k]: rows of `full` without the forget sequences, nearest first
     "Neighbors as in the paper: by the second halves of all sequences, the forget sequences taken out."
-    forget, full = ([tuple(row) for row in np.asarray(rows).tolist()] for rows in (forget, full))
-    known, gone = set(full), set(forget)
-    lacking = [i for i, row in enumerate(forget) if row not in known]
+    forget_rows = [tuple(row) for row in np.asarray(forget).tolist()]
+    full_rows = [tuple(row) for row in np.asarray(full).tolist()]
+    known, gone = set(full_rows), set(forget_rows)
+    lacking = [i for i, row in enumerate(forget_rows) if row not in known]
     require(
         not lacking,
         "full",
         f"the forget sequences {lacking[:5]} do not stand in it",
         "Give the set that they were drawn from",
     )
-    pool = [row for row in full if row not in gone]
+    pool = [row for row in full_rows if row not in gone]
     check_choice(pool, k, max_overlap)
-    vectors = embed_checked(embedder, tokenizer.batch_decode([row[len(row) // 2 :] for row in pool + forget]))
-    return choose_neighbors(
-        vectors[len(pool) :],
-        vectors[: len(pool)],
-        tokenizer.batch_decode(forget),
-        tokenizer.batch_decode(pool),
-        k,
-        max_overlap,
-    )
+    second_halves = tokenizer.batch_decode([row[len(row) // 2 :] for row in pool + forget_rows])
+    vectors = embed_checked(embedder, second_halves)
+    pool_vectors, queries = vectors[: len(pool)], vectors[len(pool) :]
+    forget_texts, pool_texts = tokenizer.batch_decode(forget_rows), tokenizer.batch_decode(pool)
+    return choose_neighbors(queries, pool_vectors, forget_texts, pool_texts, k, max_overlap)
