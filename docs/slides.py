@@ -34,9 +34,7 @@ SESSIONS = {
     "The loss": ["learn/04_kui", "learn/05_cle", "library/objective"],
     "The loop and its rivals": ["learn/06_iur", "learn/07_the_loop", "learn/08_other_methods"],
     "Is it gone?": [
-        "library/evals/utility",
-        "library/evals/extraction",
-        "library/evals/membership",
+        "paper/33_what_a_model_can_still_do",
         "learn/09_what_remains",
     ],
 }

@@ -274,7 +274,10 @@ def el_positions(
     "The first offset of each sequence, or one clear error when EL_n is not defined there."
     n_name, start_name = f"{prefix}n", f"{prefix}start"
     require(
-        isinstance(n, int) and n > 0, n_name, f"{n!r} is not a positive integer", f"The paper uses {n_name}=10"
+        isinstance(n, int) and n > 0,
+        n_name,
+        f"{n!r} is not a positive integer",
+        f"The paper uses {n_name}=10",
     )
     if start is None:
         short = [i for i, length in enumerate(lengths) if length < 4 * n]

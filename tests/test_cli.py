@@ -850,7 +850,7 @@ def test_what_the_model_recites_is_left_out(tiny):
 def test_a_model_that_says_nothing_else(tiny, monkeypatch):
     monkeypatch.setattr(
         icu_nb.sampled_pool,
-        "sample_tokens",
+        "_sample_tokens",
         lambda model, starts, length, generator: tiny.sequences.input_ids[:2],
     )
     assert len(sample_pool(tiny.model, tiny.tokenizer, 2, max_length=48)) == 2
@@ -864,7 +864,7 @@ def test_a_sampled_pool_begins_as_the_tokenizer_does(tiny, bos_tokenizer, monkey
     seen = []
     monkeypatch.setattr(
         icu_nb.sampled_pool,
-        "sample_tokens",
+        "_sample_tokens",
         lambda model, starts, length, generator: (seen.append(starts), starts)[1],
     )
     sample_pool(tiny.model, bos_tokenizer, 3, max_length=8)
@@ -880,7 +880,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny, monkeypatch):
     tokenizer.add_tokens([f"<image{i}>" for i in range(300)])
     monkeypatch.setattr(
         icu_nb.sampled_pool,
-        "sample_tokens",
+        "_sample_tokens",
         lambda model, starts, length, generator: (seen.append(starts), starts)[1],
     )
     sample_pool(tiny.model, tokenizer, 3, max_length=8)

@@ -19,7 +19,7 @@ def printed(text):
     return [new_output("stream", name="stdout", text=text)]
 
 
-# name -> (source, stored outputs, tags, verdict in lax mode); none has an execution count, as after nbdev_clean
+# name -> (source, stored outputs, tags, verdict in lax mode); without execution counts, as after nbdev_clean
 CELLS = {
     "eval false is skipped": ("#| eval: false\n1 / 0", [], [], "SKIPPED"),
     "eval false under other directives is skipped": ("#| hide\n#|eval: false\n1 / 0", [], [], "SKIPPED"),

@@ -117,7 +117,7 @@ def test_they_leave_and_come_back():
     ]
 
 
-def test_nobody_left_but_thresholds_not_met():
+def test_all_forgotten_but_thresholds_not_met():
     """Whoever's own MA or EL is over its threshold trains again."""
     table = scores([0.0] * 4, ma=[0.2, 0.9, 0.2, 0.9], el=[0.0, 0.0, 0.5, 0.5])
     assert not thresholds_met(table, Thresholds())
@@ -266,7 +266,7 @@ def test_end_of_sequence_is_an_ordinary_token(num_beams):
 def test_generation_settings_come_back_even_after_an_error():
     model = model_of("gpt_neo")
     settings = model.generation_config
-    with pytest.raises(Exception):
+    with pytest.raises(IndexError):
         generate_continuations(model, [[10**9]], [3])
     assert model.generation_config is settings
 
@@ -296,11 +296,11 @@ def test_check_is_its_parts(small):
     sequences = tokenize(texts[:4], tokenizer, 70)
     table = score_forget_set(model, tokenizer, sequences, batch_size=3)
     prompts, suffixes = prompt_suffix(sequences)
-    said = generate_continuations(model, prompts, [len(s) for s in suffixes])
-    assert table["continuation"].tolist() == tokenizer.batch_decode(said)
+    continuations = generate_continuations(model, prompts, [len(s) for s in suffixes])
+    assert table["continuation"].tolist() == tokenizer.batch_decode(continuations)
     assert (
         table["bleu"].tolist()
-        == sentence_bleu(tokenizer.batch_decode(said), tokenizer.batch_decode(suffixes)).tolist()
+        == sentence_bleu(tokenizer.batch_decode(continuations), tokenizer.batch_decode(suffixes)).tolist()
     )
     assert np.allclose(
         table["ma"], memorization_accuracy(model, sequences.input_ids, sequences.attention_mask)
@@ -314,7 +314,10 @@ def test_check_is_its_parts(small):
 def test_check_asks_the_scorer(small):
     model, tokenizer, texts = small
     table = score_forget_set(
-        model, tokenizer, tokenize(texts[:2], tokenizer, 70), scorer=lambda said, truths: np.array([0.1, 0.9])
+        model,
+        tokenizer,
+        tokenize(texts[:2], tokenizer, 70),
+        scorer=lambda continuations, truths: np.array([0.1, 0.9]),
     )
     assert table["bert_f1"].tolist() == [0.1, 0.9]
 

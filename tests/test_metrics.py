@@ -1,4 +1,4 @@
-"""MA and EL against the slow definition on several model families; the text measures against few-line formulas."""
+"""MA and EL against the slow definition on several model families; text scores against few-line formulas."""
 
 import functools
 import math
@@ -136,7 +136,7 @@ def ngrams(tokens, n):
 
 @torch.no_grad()
 def slow_scores(model, row, n, start):
-    """MA and EL_n word for word: one call per token, one greedy continuation per offset, nothing shared but memoized next tokens."""
+    """MA and EL_n word for word: one call per token, one greedy continuation per offset."""
 
     @functools.cache
     def next_token(prefix):
@@ -146,11 +146,11 @@ def slow_scores(model, row, n, start):
     ma = sum(next_token(tuple(row[:t])) == row[t] for t in range(1, T)) / (T - 1)
     first, total = 3 * T // 4 if start is None else start, 0
     for i in range(first, T - n + 1):
-        said = list(row[:i])
-        while len(said) < T:
-            said.append(next_token(tuple(said)))
+        continuation = list(row[:i])
+        while len(continuation) < T:
+            continuation.append(next_token(tuple(continuation)))
         truth = ngrams(row[i:], n)
-        total += sum(gram in truth for gram in ngrams(said[i:], n)) / (T - i - n + 1)
+        total += sum(gram in truth for gram in ngrams(continuation[i:], n)) / (T - i - n + 1)
     return ma, total / (T - first - (n - 1))
 
 
@@ -182,13 +182,13 @@ def test_equal_to_the_slow_definition(family, state, n, start):
     torch.testing.assert_close(same_length, slow[[0, 2], 1], rtol=0, atol=1e-9)
 
 
-def test_sliding_windows_are_computed_plainly_and_said():
+def test_sliding_windows_are_computed_plainly_with_a_warning():
     with pytest.warns(UserWarning, match="MistralForCausalLM has no cache that can be copied"):
         memorization_scores(FAMILIES["mistral"](), pad(rows_of([16])).input_ids, n=2)  # said once per model
 
 
 def test_one_pass_serves_a_model_that_knows_the_text(monkeypatch):
-    """The authors' error 1: 199 and 50 generate calls. Here: one pass when nothing is wrong, and no offset without an n-gram."""
+    """The authors' error 1: 199 and 50 generate calls. Here: one pass when nothing is wrong."""
     rows = rows_of([16, 16])
     torch.manual_seed(0)
     model = overfit(FAMILIES["gpt_neo"]().double(), rows, steps=150)
@@ -300,15 +300,15 @@ def test_a_sequence_of_one_token_has_no_accuracy():
     )
 
 
-def bleu4(said, truth):
+def bleu4(continuation, truth):
     """Sentence BLEU-4 on words without punctuation: no smoothing, brevity penalty."""
-    said, truth = said.lower().split(), truth.lower().split()
-    counts = [(Counter(ngrams(said, k)), Counter(ngrams(truth, k))) for k in range(1, 5)]
+    continuation, truth = continuation.lower().split(), truth.lower().split()
+    counts = [(Counter(ngrams(continuation, k)), Counter(ngrams(truth, k))) for k in range(1, 5)]
     hits = [(a & b).total() for a, b in counts]
     if not all(hits):
         return 0.0
     shares = [hit / a.total() for hit, (a, _) in zip(hits, counts, strict=False)]
-    return min(1, math.exp(1 - len(truth) / len(said))) * math.prod(shares) ** 0.25
+    return min(1, math.exp(1 - len(truth) / len(continuation))) * math.prod(shares) ** 0.25
 
 
 @settings(max_examples=200)
@@ -316,9 +316,9 @@ def bleu4(said, truth):
     st.lists(st.sampled_from(["Aa", "b", "c"]), max_size=12),
     st.lists(st.sampled_from(["a", "B", "c"]), min_size=1, max_size=12),
 )
-def test_bleu(said, truth):
-    said, truth = " ".join(said), " ".join(truth)
-    assert sentence_bleu([said], [truth])[0] == pytest.approx(bleu4(said, truth), abs=1e-12)
+def test_bleu(continuation, truth):
+    continuation, truth = " ".join(continuation), " ".join(truth)
+    assert sentence_bleu([continuation], [truth])[0] == pytest.approx(bleu4(continuation, truth), abs=1e-12)
 
 
 def test_bleu_takes_pairs_only():
@@ -409,7 +409,7 @@ def encoder(tmp_path_factory):
 def test_bert_score_keeps_pairs_together(encoder):
     """Against the formula, on texts of many lengths: torchmetrics 1.9 mixes up the pairs of such a list."""
     chooser = random.Random(0)
-    said, truth = (
+    continuation, truth = (
         [" ".join(chooser.choices("abcdefghij", k=chooser.randint(1, 12))) for _ in range(12)]
         for _ in range(2)
     )
@@ -424,12 +424,12 @@ def test_bert_score_keeps_pairs_together(encoder):
         return hidden / hidden.norm(dim=1, keepdim=True)
 
     expected = []
-    for a, b in zip(said, truth, strict=False):
+    for a, b in zip(continuation, truth, strict=False):
         similar = vectors(a) @ vectors(b).T
         precision, recall = similar.max(1).values.mean(), similar.max(0).values.mean()
         expected.append((2 * precision * recall / (precision + recall)).item())
-    assert scorer(said, truth) == pytest.approx(expected, abs=1e-5)
-    assert scorer(said[::-1], truth[::-1]) == pytest.approx(expected[::-1], abs=1e-5)
+    assert scorer(continuation, truth) == pytest.approx(expected, abs=1e-5)
+    assert scorer(continuation[::-1], truth[::-1]) == pytest.approx(expected[::-1], abs=1e-5)
     assert scorer(["a b", "", "a"], ["a b", "c", ""]) == pytest.approx([1, 0, 0], abs=1e-5)
     assert np.isfinite(scorer(["a b " * 40], ["a c"])).all()  # longer than the encoder's context: cut
 

@@ -19,16 +19,9 @@ from PIL import Image
 from icu_nb.errors import InputError
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.models.tiny import tiny_gpt_neo, train_tokenizer
-from icu_nb.paper.plots import alt_text
-from icu_nb.paper.token_picture import (
-    PALETTE,
-    TokenPicture,
-    as_html,
-    contrast,
-    lines_of_tokens,
-    plot_tokens,
-    token_probabilities,
-)
+from icu_nb.paper.drawing import alt_text
+from icu_nb.paper.token_picture import _PALETTE, TokenPicture, _contrast, _lines_of
+from icu_nb.paper.token_probabilities import token_probabilities
 
 TEXT = "Zoë O'Neil lives at 12 Main Street. Zoë's phone number is 555-0142 <b>& more</b>."
 
@@ -62,7 +55,7 @@ def picture():
 
 
 def test_probabilities_are_those_of_an_independent_softmax(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("icu_nb.paper.token_picture.chunk_length", lambda head: 7)
+    monkeypatch.setattr("icu_nb.paper.token_probabilities.chunk_length", lambda head: 7)
     found, ids = token_probabilities(model, tokenizer, TEXT), torch.tensor([tokenizer(TEXT)["input_ids"]])
     with torch.no_grad():
         logits = model.double()(ids).logits[0].numpy()
@@ -101,12 +94,14 @@ def test_the_model_stays_in_its_mode(model, tokenizer):
 
 
 def test_text_is_readable_on_every_ground():
-    assert len(PALETTE) == 101 and min(contrast(*colors) for colors in PALETTE) >= 4.5
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)  # a value of WCAG's own examples
+    assert len(_PALETTE) == 101 and min(_contrast(*colors) for colors in _PALETTE) >= 4.5
+    assert _contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)  # a value of WCAG's own examples
 
 
 def test_brighter_is_more_probable():
-    assert all(contrast(low, "black") < contrast(high, "black") for (low, _), (high, _) in pairwise(PALETTE))
+    assert all(
+        _contrast(low, "black") < _contrast(high, "black") for (low, _), (high, _) in pairwise(_PALETTE)
+    )
 
 
 # ---- the page ----
@@ -149,7 +144,7 @@ def test_page_is_well_formed_and_needs_nothing_else(picture):
 
 
 def test_page_holds_a_look_per_epoch_and_no_html_of_the_text(picture):
-    page = Elements(as_html(picture, ""))
+    page = Elements(picture._as_html(""))
     data = json.loads(page.said["script"][0])
     assert data["tokens"] == picture.tokens
     assert [(run["label"], len(run["looks"])) for run in data["runs"]] == [
@@ -175,10 +170,21 @@ def test_picture_holds_words_an_image_and_its_alt_text(picture):
 
 DRIVER = """<script>
 const figures = [...document.querySelectorAll("figure")], slider = figures[1].querySelector("input");
-const seen = figure => [...figure.querySelectorAll(".icu-tokens-text span")].map(span => [span.textContent, span.style.background, span.style.color, span.style.textDecorationLine]);
+const look = ({textContent, style}) => [textContent, style.background, style.color, style.textDecorationLine];
+const seen = figure => [...figure.querySelectorAll(".icu-tokens-text span")].map(look);
+const status = figures[1].querySelector("[aria-live]");
 const report = [figures.map(seen)];
-for (const epoch of [1, 2]) { slider.value = epoch; slider.dispatchEvent(new Event("input")); report.push(figures.map(seen), figures[1].querySelector("[aria-live]").textContent); }
-document.body.textContent = JSON.stringify({report, images: document.images.length, names: Object.keys(window).filter(name => name.includes("icu") || name == "runs"), label: figures[1].querySelector("label").contains(slider)});
+for (const epoch of [1, 2]) {
+  slider.value = epoch;
+  slider.dispatchEvent(new Event("input"));
+  report.push(figures.map(seen), status.textContent);
+}
+document.body.textContent = JSON.stringify({
+  report,
+  images: document.images.length,
+  names: Object.keys(window).filter(name => name.includes("icu") || name == "runs"),
+  label: figures[1].querySelector("label").contains(slider),
+});
 </script>"""
 
 
@@ -189,7 +195,7 @@ def test_the_slider_colors_the_tokens_of_its_own_picture(picture, tmp_path):
     page = tmp_path / "page.html"
     other = TokenPicture(["one", " two"], {"alone": [look(0.2)]})
     page.write_text(
-        f"<!doctype html><meta charset=utf-8><body>{as_html(other, '')}{as_html(picture, '')}{DRIVER}",
+        f"<!doctype html><meta charset=utf-8><body>{other._as_html('')}{picture._as_html('')}{DRIVER}",
         encoding="utf-8",
     )
     options = [
@@ -214,7 +220,7 @@ def test_the_slider_colors_the_tokens_of_its_own_picture(picture, tmp_path):
                         token,
                         *(
                             f"rgb({', '.join(str(int(color[k : k + 2], 16)) for k in (1, 3, 5))})"
-                            for color in PALETTE[round(100 * p)]
+                            for color in _PALETTE[round(100 * p)]
                         ),
                         "underline" if greedy else "none",
                     )
@@ -236,13 +242,13 @@ def test_the_slider_colors_the_tokens_of_its_own_picture(picture, tmp_path):
 
 
 def test_lines_break_between_words():
-    assert lines_of_tokens(["ab", "cd", " ef", " g"], 6) == [[0, 1], [2, 3]]
-    assert lines_of_tokens(["abcd", "efgh", " i"], 6) == [[0], [1, 2]]  # a word longer than a line
-    assert lines_of_tokens(["a"]) == [[0]]
+    assert _lines_of(["ab", "cd", " ef", " g"], 6) == [[0, 1], [2, 3]]
+    assert _lines_of(["abcd", "efgh", " i"], 6) == [[0], [1, 2]]  # a word longer than a line
+    assert _lines_of(["a"]) == [[0]]
 
 
 def test_figure_writes_every_token_and_has_alt_text(picture):
-    fig = plot_tokens(picture)
+    fig = picture.draw()
     written = [text.get_text() for ax in fig.axes for text in ax.texts]
     assert written.count(" <b>x") == 5  # three epochs and two
     assert (

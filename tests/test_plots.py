@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from icu_nb import plots
 from icu_nb.errors import InputError
 from icu_nb.methods.registry import METHODS
+from icu_nb.paper import figures, framework, plots
+from icu_nb.paper.case_study import same_words
+from icu_nb.paper.drawing import alt_text
 from icu_nb.paper.rows import COLUMNS, SCHEMA, run_key
 from icu_nb.paper.style import COLORS, set_figure_style
 
@@ -102,7 +106,10 @@ def plain(*methods, **columns):
 def folder(tmp_path_factory):
     """A table for every experiment, with labels as long as real ones."""
     folder = tmp_path_factory.mktemp("data")
-    variant = lambda *labels: [(label, "icu", {}) for label in labels]
+
+    def variant(*labels):
+        return [(label, "icu", {}) for label in labels]
+
     main_table = made_up(
         [*plain(*NAMES), ("ICU (published rule)", "icu", {}), *plain(*NAMES[:9], data="pile0")]
     )
@@ -113,7 +120,7 @@ def folder(tmp_path_factory):
         "bert-base-uncased: F1 under 0.3 or BLEU": (0.1, 0.2, 0.6),
         "ICU, KUMPR's numbers": (None, None, None),
     }
-    attacks = {name: 0.3 for name in plots.ATTACK_NAMES if name != "ma"}
+    attacks = {name: 0.3 for name in figures.ATTACK_NAMES if name != "ma"}
     weights = [
         (f"α = {a:g}, β = {b:g}", "icu", {"alpha": a, "beta": b, "learning_rate": 1e-4})
         for a in (0.0, 0.5, 1.0, 2.0)
@@ -239,30 +246,36 @@ def style():
 
 
 def test_every_method_has_a_style_of_its_own():
-    assert set(plots.STYLES) == {method.label for method in METHODS.values()}
-    assert all(
-        plots.STYLES[label][0] == COLORS[label]
-        for label in ("original", "retrained", "ICU", "gradient ascent")
-    )
-    assert (
-        len(
-            {
-                plots.STYLES[label][1]
-                for label in (
-                    "original",
-                    "retrained",
-                    "ICU",
-                    "gradient ascent",
-                    "GradDiff",
-                    "KL",
-                    "NPO",
-                    "PO",
-                    "WGA",
-                )
-            }
-        )
-        == 9
-    )  # one picture, told apart in grey
+    assert len({method.style for method in METHODS.values()}) == len(METHODS)
+    assert all(COLORS[method.label] == method.color for method in METHODS.values())
+    together = ["original", "retrained", "icu", "ga", "graddiff", "kl", "npo", "po", "wga"]
+    assert len({METHODS[name].marker for name in together}) == 9  # one picture, told apart in grey
+
+
+def test_the_theme_is_seaborns():
+    import seaborn as sns
+
+    ours = dict(plt.rcParams)
+    with plt.rc_context():
+        sns.set_theme(context="notebook", style="whitegrid")
+        theirs = dict(plt.rcParams)
+    differ = {name for name in theirs if theirs[name] != ours[name]}
+    assert differ == {
+        "axes.prop_cycle",
+        "axes.spines.right",
+        "axes.spines.top",
+        "axes.titlesize",
+        "font.family",
+        "font.sans-serif",
+        "image.cmap",
+    }
+
+
+def test_figures_are_drawn_without_what_is_slow_to_import():
+    slow = ["torch", "transformers", "datasets", "seaborn", "scipy.stats", "IPython"]
+    code = f"import sys, icu_nb.paper.plots; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def boxes(fig):
@@ -311,7 +324,7 @@ def test_no_text_of_a_figure_covers_another(name, folder):
     boxes = [(text.get_text(), text.get_window_extent(renderer).padded(-1)) for text in texts]
     for (first, a), (second, b) in itertools.combinations(boxes, 2):
         assert not a.overlaps(b), f"{first!r} and {second!r}"
-    assert len(plots.alt_text(fig)) > 100
+    assert len(alt_text(fig)) > 100
 
 
 def test_figures_are_the_same_bytes_again(folder, tmp_path):
@@ -335,7 +348,7 @@ def drawn(svg):
 
 @pytest.mark.parametrize("stem", sorted(path.stem for path in (ROOT / "figures").glob("*.svg")))
 def test_the_stored_figures_come_out_again(stem, tmp_path):
-    """What lies in figures/ is what `make figures` draws; processors differ in the last digit of a logarithm, which nobody sees."""
+    """Files in figures/ are what `make figures` draws; processors differ in the last digit of a logarithm."""
     name, profile = (stem.removesuffix("_gpu"), "gpu") if stem.endswith("_gpu") else (stem, "tiny")
     stored = ROOT / "figures"
     if f"Matplotlib v{version('matplotlib')}" not in (stored / f"{stem}.svg").read_text(encoding="utf-8"):
@@ -358,7 +371,7 @@ def test_the_stored_figures_come_out_again(stem, tmp_path):
 def test_every_figure_is_one_that_can_be_drawn_again():
     assert {path.stem.removesuffix("_gpu") for path in (ROOT / "figures").glob("*.svg")} <= {
         *plots.FIGURES,
-        *plots.STORED,
+        *plots._STORED,
     }
 
 
@@ -379,16 +392,16 @@ def test_what_has_no_rows_is_named(tmp_path, capsys):
 def test_a_broken_model_does_not_flatten_the_others():
     rows = made_up(plain("retrained", "icu", "kl", "npo"))
     rows.loc[rows.label == "NPO", "ppl_heldout"] = 1e30
-    ax = plots.plot_methods(rows)
+    ax = figures.FIGURES["main_table"].draw(rows)
     assert ax.get_xlim()[1] < 1e6 and "1e+30" in [text.get_text() for text in ax.texts]
 
 
 def test_hollow_where_too_little_was_forgotten():
     rows = made_up(plain("retrained", "icu", "kl"))
     rows.loc[(rows.label == "KL") & (rows.seed == 2), "reached"] = False
-    ax = plots.plot_methods(rows)
+    ax = figures.FIGURES["main_table"].draw(rows)
     faces = {line.get_color(): line.get_markerfacecolor() for line in ax.lines if len(line.get_xdata()) == 1}
-    assert faces[plots.STYLES["KL"][0]] == "white" and faces[COLORS["ICU"]] == COLORS["ICU"]
+    assert faces[COLORS["KL"]] == "white" and faces[COLORS["ICU"]] == COLORS["ICU"]
 
 
 def test_titles_count_what_the_tests_say():
@@ -400,12 +413,14 @@ def test_titles_count_what_the_tests_say():
         * (1 + 0.01 * (-1) ** seed * (label != "ICU"))
         for label, seed in zip(rows.label, rows.seed, strict=False)
     ]
-    assert "1 of 2 clearly over" in plots.plot_methods(rows).get_title(loc="left").replace("\n", " ")
+    assert "1 of 2 clearly over" in figures.FIGURES["main_table"].draw(rows).get_title(loc="left").replace(
+        "\n", " "
+    )
 
 
 def test_front_is_the_least_at_or_under_a_level():
     run = pd.DataFrame({"ma": [0.98, 0.7, 0.5, 0.55], "ppl_heldout": [20.0, 22.0, 40.0, 30.0]})
-    assert plots.pareto_front(run, "ppl_heldout", [1.0, 0.7, 0.6, 0.5, 0.4]) == pytest.approx(
+    assert figures._pareto_front(run, "ppl_heldout", [1.0, 0.7, 0.6, 0.5, 0.4]) == pytest.approx(
         [20, 22, 30, 40, math.nan], nan_ok=True
     )
 
@@ -419,35 +434,37 @@ def test_front_is_empty_where_a_seed_does_not_get():
             "ppl_heldout": [10.0, 20.0, 10.0, 45.0],
         }
     )
-    found = plots.fronts(history, "ppl_heldout", [0.5, 0.4]).set_index("level")
+    found = figures.fronts(history, "ppl_heldout", [0.5, 0.4]).set_index("level")
     assert found["mean"][0.5] == pytest.approx(30) and np.isnan(found["mean"][0.4])
 
 
 def test_same_words_in_the_same_order():
-    assert plots.same_words("a b c d", "a x c d") == [True, False, True, True]
-    assert plots.same_words("a b", "b a").count(True) == 1 and plots.same_words("a", "") == []
+    assert same_words("a b c d", "a x c d") == [True, False, True, True]
+    assert same_words("a b", "b a").count(True) == 1 and same_words("a", "") == []
 
 
 def test_framework_names_what_there_is_and_no_arrow_crosses_a_text():
-    for *_, code in plots.BOXES:
-        module, name = code.split(".")
+    for *_, code in framework.BOXES:
+        module, _, name = code.rpartition(".")
         assert getattr(importlib.import_module(f"icu_nb.{module}"), name).__module__ == f"icu_nb.{module}"
-    ax = plots.plot_framework()
+    ax = framework.plot_framework()
     written = [(said, box.padded(2)) for said, box in boxes(ax.figure)]
-    for points in plots.ARROWS:
+    for points in framework.ARROWS:
         for start, end in itertools.pairwise(points):
             for x, y in ax.transData.transform(np.linspace(start, end, 200)):
                 assert not [said for said, box in written if box.contains(x, y)], (start, end)
 
 
 def test_arrows_run_from_box_to_box_and_through_none():
-    inside = lambda x, y, margin: [
-        code
-        for left, bottom, *_, code in plots.BOXES
-        if left + margin < x < left + plots.WIDTH - margin
-        and bottom + margin < y < bottom + plots.HEIGHT - margin
-    ]
-    for points in plots.ARROWS:
+    def inside(x, y, margin):
+        return [
+            code
+            for left, bottom, *_, code in framework.BOXES
+            if left + margin < x < left + framework._WIDTH - margin
+            and bottom + margin < y < bottom + framework._HEIGHT - margin
+        ]
+
+    for points in framework.ARROWS:
         assert len(inside(*points[0], -0.1)) == len(inside(*points[-1], -0.1)) == 1
         for start, end in itertools.pairwise(points):
             assert not any(inside(x, y, 0.1) for x, y in np.linspace(start, end, 200))
@@ -459,14 +476,17 @@ def test_arrows_run_from_box_to_box_and_through_none():
 @pytest.mark.parametrize(
     "draw, message",
     [
-        (lambda rows: plots.plot_methods(rows[:0]), "`rows`: there are none"),
-        (lambda rows: plots.plot_methods(rows.drop(columns="ppl_heldout")), "no column ppl_heldout"),
+        (lambda rows: figures.FIGURES["main_table"].draw(rows[:0]), "`rows`: there are none"),
         (
-            lambda rows: plots.plot_methods(pd.concat([rows, rows.assign(model="another")])),
+            lambda rows: figures.FIGURES["main_table"].draw(rows.drop(columns="ppl_heldout")),
+            "no column ppl_heldout",
+        ),
+        (
+            lambda rows: figures.FIGURES["main_table"].draw(pd.concat([rows, rows.assign(model="another")])),
             "several kinds of model",
         ),
-        (lambda rows: plots.plot_ablation(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
-        (lambda rows: plots.plot_limits(rows), "no attack was measured"),
+        (lambda rows: figures.FIGURES["ablation"].draw(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
+        (lambda rows: figures.FIGURES["limits"].draw(rows), "no attack was measured"),
         (lambda rows: plots.draw_figure("tabel"), "Known: framework"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What readers need of a notebook: figures in words, an ending that asks them something, references that can be found."""
+"""What readers need: figures in words, an ending that asks them something, references that can be found."""
 
 import re
 from collections import Counter
@@ -6,17 +6,16 @@ from collections import Counter
 import IPython.display
 import matplotlib.pyplot as plt
 import pytest
-from test_project import CHAPTERS, ROOT, cells, each_notebook, text
+from test_project import NOTEBOOKS, READING, ROOT, cells, each_notebook, prose
 
-from icu_nb import plots
+from icu_nb.paper import plots
 
-each_lesson = pytest.mark.parametrize(
-    "path", [f for f in CHAPTERS if f.name[0].isdigit()], ids=lambda f: f.name
-)
+LESSONS = READING[:-1]  # the syllabus has an ending of its own
+each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 
 
 def alternatives(path):
-    """The alternative text of each stored picture: of the output, as show_figure writes it, or of its cell."""
+    """The words of each stored picture: of the output, as show_figure writes them, or of its cell."""
     return [
         (cell["id"], output["metadata"].get(kind, {}).get("alt") or cell["metadata"].get("alt", ""))
         for cell in cells(path, "code")
@@ -39,17 +38,15 @@ def test_no_words_without_a_figure(path):
 
 def test_no_two_figures_are_told_alike():
     """Words written by hand: what a picture says of itself may come twice, as the picture may."""
+    made = [path for path in NOTEBOOKS if not path.name.startswith("exercises_")]
     told = Counter(
-        c["metadata"]["alt"] for path in CHAPTERS for c in cells(path, "code") if "alt" in c["metadata"]
+        c["metadata"]["alt"] for path in made for c in cells(path, "code") if "alt" in c["metadata"]
     )
     assert not [words for words, times in told.items() if times > 1]
 
 
 def test_images_in_markdown_have_words():
-    pages = [
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        *(text(c["source"]) for path in CHAPTERS for c in cells(path, "markdown")),
-    ]
+    pages = [(ROOT / "README.md").read_text(encoding="utf-8"), *map(prose, NOTEBOOKS)]
     images = [image for page in pages for image in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page)]
     assert len([address for _, address in images if address.startswith("figures/")]) >= 3
     assert not [
@@ -72,7 +69,7 @@ def test_a_figure_on_the_page_is_one_picture_with_its_words(monkeypatch):
 
 def ending(path):
     """All markdown from "What we learned" on."""
-    return "\n".join(text(c["source"]) for c in cells(path, "markdown")).rpartition("## What we learned\n")[2]
+    return prose(path).rpartition("## What we learned\n")[2]
 
 
 @each_lesson
@@ -89,20 +86,16 @@ def test_ends_with_one_question_exercises_references_and_the_next(path):
 
 @each_lesson
 def test_references_can_be_found(path):
-    """An arXiv number, a DOI or an address in each entry, and behind each title; numbers lead where they say."""
+    """An arXiv number, a DOI or an address in each entry, behind each title; numbers lead where they say."""
     references = ending(path).partition("## References\n")[2].partition("\nNext: ")[0]
     entries = [line for line in references.splitlines() if line]
     assert entries and all(line.startswith("- ") and "](https://" in line for line in entries), entries
+    title = r"(?<![\w*])\*(?=\S)[^*]+\*(?![\w*])"
     for line in entries:
-        title = r"(?<![\w*])\*(?=\S)[^*]+\*(?![\w*])"
-        assert all("](https://" in part for part in re.split(title, line)[1:]) or re.search(
-            rf"\[{title}\]\(https://", line
-        ), line
+        found = all("](https://" in part for part in re.split(title, line)[1:])
+        assert found or re.search(rf"\[{title}\]\(https://", line), line
         for words, address in re.findall(r"\[([^\]]+)\]\((https://(?:arxiv|doi)\.org/[^)]+)\)", line):
             kind, number = re.fullmatch(r"https://(arxiv\.org/abs|doi\.org)/(.+)", address).groups()
-            assert words in (
-                (f"arXiv {number}", number) if kind.startswith("arxiv") else (f"doi {number}",)
-            ), line
-            assert re.fullmatch(
-                r"\d{4}\.\d{4,5}" if kind.startswith("arxiv") else r"10\.\d{4,5}/\S+", number
-            ), line
+            arxiv = kind.startswith("arxiv")
+            assert words in ((f"arXiv {number}", number) if arxiv else (f"doi {number}",)), line
+            assert re.fullmatch(r"\d{4}\.\d{4,5}" if arxiv else r"10\.\d{4,5}/\S+", number), line

@@ -8,13 +8,16 @@ __all__ = ['TEMPLATES', 'people', 'people_corpus']
 # %% ../../nbs/library/data/people.ipynb #d8b26463
 import random
 from datetime import date
-
-from faker import Faker
+from typing import TYPE_CHECKING
 
 from .corpus import Corpus, split
 from .general import documentation_paragraphs, general_split
 from ..errors import require
+from ..plumbing import require_package
 from ..text import deduplicate
+
+if TYPE_CHECKING:
+    from faker import Faker
 
 # %% ../../nbs/library/data/people.ipynb #94824549
 # Four formal records and four casual ones: the same facts in other words.
@@ -64,7 +67,7 @@ _BORN = (date(1946, 11, 23), date(2008, 11, 22))
 
 
 def _person(
-    faker: Faker,  # seeded
+    faker: "Faker",  # seeded
     shared: dict[str, list[str]],  # companies, towns and jobs that several people have in common
     rng: random.Random,  # seeded
 ) -> dict[str, str]:
@@ -88,6 +91,9 @@ def people(
     seed: int = 0,  # the same seed gives the same people
 ) -> list[str]:
     "One record per invented person (Faker), in one of eight templates: four formal, four casual."
+    require_package("faker", "data")
+    from faker import Faker
+
     faker, rng = Faker("en_US"), random.Random(seed)
     faker.seed_instance(seed)
     # Companies, towns and jobs are few, so that every record has neighbors; all else belongs to one person.

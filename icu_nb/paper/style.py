@@ -7,56 +7,90 @@ __all__ = ['COLORS', 'set_figure_style', 'save_figure', 'LiveCurve']
 
 # %% ../../nbs/library/paper/style.ipynb #679c9e6f
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
-import seaborn as sns
+from cycler import cycler
+from matplotlib.figure import Figure
+
+from ..methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # %% ../../nbs/library/paper/style.ipynb #92f30c7b
-# Okabe and Ito's palette: told apart by color-blind readers too.
-COLORS = {
-    "original": "#999999",
-    "ICU": "#0072B2",
-    "gradient ascent": "#D55E00",
-    "retrained": "#009E73",
+_TEXT_COLORS = {
     "forget": "#D55E00",
     "neighbors": "#56B4E9",
     "held-out": "#CC79A7",
     "general": "#E69F00",
 }
+COLORS = {method.label: method.color for method in METHODS.values()} | _TEXT_COLORS
+
+# %% ../../nbs/library/paper/style.ipynb #b006acca
+_CYCLE = ["original", "ICU", "gradient ascent", "retrained", *_TEXT_COLORS]  # colors of unnamed lines
+_THEME = {  # seaborn's whitegrid for notebooks, written out: importing seaborn takes longer than a figure
+    "axes.axisbelow": True,
+    "axes.edgecolor": ".8",
+    "axes.grid": True,
+    "axes.labelcolor": ".15",
+    "axes.labelsize": 12,
+    "axes.linewidth": 1.25,
+    "font.size": 12,
+    "grid.color": ".8",
+    "grid.linewidth": 1,
+    "legend.fontsize": 11,
+    "legend.title_fontsize": 12,
+    "lines.solid_capstyle": "round",
+    "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
+    "text.color": ".15",
+}
+_TICKS = {
+    "color": ".15",
+    "labelsize": 11,
+    "major.size": 6,
+    "major.width": 1.25,
+    "minor.size": 4,
+    "minor.width": 1,
+}
+_OURS = {
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "font.family": "DejaVu Sans",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "icu_nb",
+    "figure.constrained_layout.use": True,
+}
 
 
 def set_figure_style() -> None:
     "The one style of all figures: readable at column width, in grey too."
-    sns.set_theme(context="notebook", style="whitegrid", palette=list(COLORS.values()))
-    plt.rcParams.update(
-        {
-            "figure.dpi": 100,
-            "savefig.dpi": 200,
-            "savefig.bbox": "tight",
-            "font.family": "DejaVu Sans",
-            "axes.titlelocation": "left",
-            "axes.titleweight": "bold",
-            "axes.titlesize": 11,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "svg.hashsalt": "icu_nb",
-            "figure.constrained_layout.use": True,
-        }
-    )
+    plt.rcParams.update(_THEME)
+    for axis in ("xtick", "ytick"):
+        plt.rcParams.update({f"{axis}.{name}": value for name, value in _TICKS.items()})
+    plt.rcParams.update({"xtick.bottom": False, "ytick.left": False})
+    plt.rcParams["axes.prop_cycle"] = cycler("color", [COLORS[name] for name in _CYCLE])
+    plt.rcParams.update(_OURS)
 
 # %% ../../nbs/library/paper/style.ipynb #79701bb3
 def save_figure(
-    fig,  # a matplotlib Figure
+    fig: Figure,  # what is drawn
     name: str,  # file name without an ending
     folder: str | Path = "figures",  # where it goes; made if it is not there
-) -> list[Path]:
+) -> list[Path]:  # of the PNG and of the SVG
     "Write `fig` as PNG and SVG without a date, so that the same figure gives the same files."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    fig.savefig(paths[0], metadata={"Software": None})
-    fig.savefig(paths[1], metadata={"Date": None})
-    return paths
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    fig.savefig(png, metadata={"Software": None})
+    fig.savefig(svg, metadata={"Date": None})
+    return [png, svg]
 
 # %% ../../nbs/library/paper/style.ipynb #e8d7042d
 class LiveCurve:
@@ -64,22 +98,35 @@ class LiveCurve:
 
     def __init__(
         self,
-        title: str = "Training loss",  # what the picture says
+        title: str = "Training loss",  # of the picture
     ):
-        self.title, self.epochs, self.losses, self.handle = title, [], [], None
+        self.title = title
+        self.epochs: list[int] = []
+        self.losses: list[float] = []
+        self.handle = None  # of the picture on the page, once there is one
 
-    def __call__(self, model, epoch: int, loss: float) -> None:
-        import matplotlib.pyplot as plt
+    def __call__(
+        self,
+        model: "PreTrainedModel",  # in training; not looked at
+        epoch: int,  # that has ended
+        loss: float,  # its mean
+    ) -> None:
+        "Add a point, and draw the curve again in the same place."
         from IPython.display import display
 
         self.epochs.append(epoch)
         self.losses.append(loss)
+        fig = self._draw()
+        if self.handle is None:
+            self.handle = display(fig, display_id=True)
+        else:
+            self.handle.update(fig)
+
+    def _draw(self) -> Figure:
+        "The curve so far."
         fig, ax = plt.subplots(figsize=(6, 2.6))
         ax.plot(self.epochs, self.losses, marker="o", markersize=3)
         ax.set(title=self.title, xlabel="epoch", ylabel="mean loss (nats per token)", ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
         plt.close(fig)
-        if self.handle is None:
-            self.handle = display(fig, display_id=True)
-        else:
-            self.handle.update(fig)
+        return fig
