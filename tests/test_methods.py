@@ -516,11 +516,11 @@ def test_unknown_names_and_settings_list_the_known_ones():
 
 def test_a_name_says_which_run_it_was():
     """What a checkpoint and a model card are told by."""
-    from icu_nb.checkpoint import name_of
+    from icu_nb.checkpoint import _name_of
 
-    assert name_of(get_method("npo").make(beta=0.2)) == "NPO(beta=0.2, alpha=1.0)" and name_of(
+    assert _name_of(get_method("npo").make(beta=0.2)) == "NPO(beta=0.2, alpha=1.0)" and _name_of(
         get_method("kumpr").make()
-    ) == name_of(get_method("ga").make())
+    ) == _name_of(get_method("ga").make())
 
 
 # ---- retraining and task vectors ----
