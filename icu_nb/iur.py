@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Thresholds', 'calibrate_thresholds', 'score_forget_set', 'is_forgotten', 'thresholds_met', 'select_icu',
-           'select_published_rule', 'watched']
+           'select_published_rule']
 
 # %% ../nbs/learn/06_iur.ipynb #e0011e99
 import math
@@ -144,25 +144,3 @@ def select_published_rule(
     "ICU (published rule): the sequences train next that are not forgotten; if there is none, as in ICU."
     active = ~is_forgotten(scores, thresholds)
     return active if active.any() else select_icu(scores, thresholds)
-
-# %% ../nbs/learn/06_iur.ipynb #06000a02
-import functools
-from collections.abc import Callable
-
-
-def watched(
-    refinement: Callable | None,  # who trains next; None: everybody
-    look: Callable,  # called without arguments; what it says is noted
-    noted: list,  # gets what `look` said
-) -> Callable:  # a refinement
-    "The same refinement, which also looks at the model after every check."
-
-    def everybody(scores, thresholds):
-        return np.full(len(scores), True)
-
-    @functools.wraps(refinement or everybody)  # to a checkpoint it is the one that is asked
-    def refine(scores: pd.DataFrame, thresholds: Thresholds) -> np.ndarray:
-        noted.append(look())
-        return (refinement or everybody)(scores, thresholds)
-
-    return refine

@@ -32,7 +32,7 @@ from icu_nb.paper.experiments import _claim, _store, _write_rows, main, run_expe
 from icu_nb.paper.grids import EXPERIMENTS, PROFILES, Experiment, list_trials
 from icu_nb.paper.rows import COLUMNS, SCHEMA, read_csv, read_rows
 from icu_nb.paper.setup import LocalFiles, Setup, Trial, TrialSettings, prepare_setup
-from icu_nb.paper.trial import _neighbor_embedder, _neighbor_pool, _PeakMemory, run_trial
+from icu_nb.paper.trial import _neighbor_pool, _NeighborEmbedder, _PeakMemory, run_trial
 from icu_nb.text import tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -403,7 +403,7 @@ def test_neighbors_of_every_kind(setup):
     def pairs(k=1, **changes):
         settings = TrialSettings(**{**SMALL, **changes})
         config = ICUConfig(max_length=48, n_neighbors=k, max_overlap=1.0)
-        pool, embedder = _neighbor_pool(settings, setup), _neighbor_embedder(settings, setup)
+        pool, embedder = _neighbor_pool(settings, setup), _NeighborEmbedder(settings, setup)
         return prepare_task(setup.original, setup.tokenizer, forget, pool, config, embedder).pairs
 
     def halves(texts):
@@ -816,8 +816,8 @@ def test_every_stored_row_is_found_by_its_settings(name):
 
 # Measured on ICU's runs of seeds 0 to 2: training amplifies how a processor rounds, so that two generations
 # of one (both called AMD EPYC), and one thread and two, differed by this much, absolute for MA, EL and
-# epochs, as a factor for perplexities. (Where the model that has memorized is the same, two threads change the sixth
-# digit.) Allowed is twice as much. Ascent differed by more, up to 1.7 times.
+# epochs, as a factor for perplexities. (Where the model that has memorized is the same, two threads change
+# the sixth digit.) Allowed is twice as much. Ascent differed by more, up to 1.7 times.
 MEASURED = {
     "ma": 0.017,
     "el10": 0.002,

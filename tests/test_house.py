@@ -43,7 +43,6 @@ def python(cell):
 # ---- wings ----
 
 
-@not_yet
 def test_wings_depend_downwards_only():
     """The contract stands in pyproject.toml; import-linter holds it."""
     pytest.importorskip("importlinter")
@@ -91,7 +90,6 @@ assert not loaded, loaded
 """
 
 
-@not_yet
 def test_core_loads_no_plots_no_people_and_no_benchmarks():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_CORE], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -179,13 +177,11 @@ def test_a_chapter_has_few_and_short_cells(path):
     assert not long
 
 
-@not_yet
 def test_most_cells_of_the_chapters_are_short():
     lengths = [length(cell) for path in CHAPTERS for cell in cells(path, "code")]
     assert np.percentile(lengths, 90) <= 18
 
 
-@not_yet
 def test_the_loop_is_short():
     """What the chapter of the loop teaches fits on a page: signature and docstring are not counted."""
     (loop,) = [
@@ -277,7 +273,7 @@ def test_links_of_the_site_and_its_slides_lead_somewhere():
     made = ("api.md", "session_")
     assert not [link for link in broken_links(page, ROOT) if not link.startswith(made)]
     for line in re.findall(r"^nbs/\S+$", page, re.M):
-        assert line == "nbs/course/others" or list(ROOT.glob(f"{line}.ipynb")), line
+        assert line.endswith("/others") or list(ROOT.glob(f"{line}.ipynb")), line
     slides = (ROOT / "docs/slides.py").read_text(encoding="utf-8")
     sessions = re.search(r"^SESSIONS = (\{.*?^\})", slides, re.M | re.S)[1]
     for notebooks in ast.literal_eval(sessions).values():

@@ -32,7 +32,7 @@ from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.models.loading import add_lora, load_model, merge_lora, parameter_counts, source_of
-from icu_nb.models.memory import estimate_memory, without_weights
+from icu_nb.models.memory import _without_weights, estimate_memory
 from icu_nb.objective import ICU
 from icu_nb.pairs import Task
 from icu_nb.plumbing import peak_memory
@@ -216,7 +216,7 @@ def test_in_shards(own, tiny):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("has_pad", [True, False])
 def test_padding_changes_nothing(side, has_pad, own, tiny):
-    """Neither the side a tokenizer prefers nor a missing pad token: texts of different lengths score as they do alone."""
+    """Neither the side a tokenizer prefers nor a missing pad token: a text scores as it does alone."""
     tokenizer = copy.deepcopy(tiny.tokenizer)
     if not has_pad:
         tokenizer.pad_token = None
@@ -233,7 +233,7 @@ def test_padding_changes_nothing(side, has_pad, own, tiny):
 
 
 def test_special_tokens_that_no_text_makes_may_lie_beyond_the_table(own, tiny):
-    """Gemma 3 1B: its tokenizer has a token for images, number 262,144, and the model knows 262,144 tokens."""
+    """Gemma 3 1B: its token for images is number 262,144, and the model knows 262,144 tokens."""
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": [f"<image {i}>" for i in range(30)]})
     tokenizer.save_pretrained(own)
@@ -250,11 +250,11 @@ def test_the_real_configuration_of_gpt_neo_125m(shared_data, tmp_path):
         "window_size": 256,
     }
     real = AutoConfig.for_model("gpt_neo", num_layers=12, attention_types=[[["global", "local"], 6]], **sizes)
-    model = without_weights(real)
+    model = _without_weights(real)
     assert parameter_counts(model)["total"] == 125_198_592 and {
         p.device.type for p in model.parameters()
     } == {"meta"}
-    assert parameter_counts(without_weights(real, 8))["trainable"] == 12 * 2 * 8 * 2 * 768
+    assert parameter_counts(_without_weights(real, 8))["trainable"] == 12 * 2 * 8 * 2 * 768
     AutoModelForCausalLM.from_config(
         AutoConfig.for_model("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]], **sizes)
     ).save_pretrained(tmp_path)
@@ -461,7 +461,7 @@ def test_no_causal_language_model(kind, auto, words, tiny, tmp_path, capfd):
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta", 3.5, ""])
 def test_a_device_that_is_not_there(device, saved):
-    with pytest.raises(InputError, match="`device`.*is not there") as caught:
+    with pytest.raises(InputError, match=r"`device`.*is not there") as caught:
         load_model(saved("gpt_neo"), device=device)
     assert one_line(str(caught.value))
 
@@ -517,7 +517,7 @@ def test_an_architecture_that_peft_has_no_default_for():
 
 @pytest.mark.parametrize("lora", [0, -1, False, 1.5, "q_proj", [8]])
 def test_impossible_ranks(lora):
-    with pytest.raises(InputError, match="`lora`.*no rank.*LoraConfig"):
+    with pytest.raises(InputError, match=r"`lora`.*no rank.*LoraConfig"):
         add_lora(build("gpt_neo", 300), lora)
 
 
@@ -546,7 +546,7 @@ def test_target_modules_that_are_not_there(targets, missing, tiny):
 def test_no_second_adapter():
     model = add_lora(build("gpt2", 300))
     for again in (model, model.get_base_model()):
-        with pytest.raises(InputError, match="`model`.*adapter already.*merge_lora"):
+        with pytest.raises(InputError, match=r"`model`.*adapter already.*merge_lora"):
             add_lora(again)
     assert parameter_counts(add_lora(merge_lora(model)))["trainable"] > 0
 
@@ -569,9 +569,11 @@ def test_without_peft(monkeypatch, saved):
 
 def measured(model, n, max_length, batch_size, vocab_size):
     """Bytes at the peak of a step that is not the first: what stays, and what the step adds."""
-    sequences = lambda: Sequences(
-        torch.randint(vocab_size, (n, max_length)), torch.ones(n, max_length, dtype=torch.long)
-    )
+
+    def sequences():
+        ids = torch.randint(vocab_size, (n, max_length))
+        return Sequences(ids, torch.ones_like(ids))
+
     run = Run(
         model,
         Task(sequences(), sequences(), np.arange(n)[:, None]),
@@ -629,7 +631,7 @@ def test_the_parts_of_an_estimate():
         max_position_embeddings=256,
     )
     full, lora = estimate_memory(config), estimate_memory(config, True)
-    parameters = parameter_counts(without_weights(config))["total"]
+    parameters = parameter_counts(_without_weights(config))["total"]
     assert (
         full["optimizer"] == 8 * parameters
         and full["original"] == 128 * 200 * 64 * 4 + 1000 * 64 * 4

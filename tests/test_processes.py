@@ -162,7 +162,9 @@ def test_only_the_first_writes_and_all_resume(start, tmp_path):
     resumed = start(2, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume_from_checkpoint=True)
     assert_same_run(whole, resumed, tolerance=0)
     assert_same_run(
-        start(1, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume_from_checkpoint=True), resumed, tolerance=0
+        start(1, config=SGD_LIKE, checkpoint_dir=str(tmp_path / "run"), resume_from_checkpoint=True),
+        resumed,
+        tolerance=0,
     )  # one process reads what two wrote
 
 

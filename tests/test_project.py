@@ -20,7 +20,7 @@ from icu_nb.paper.tables import pool_draws, summarize
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 CHAPTERS = sorted(NBS.glob("learn/*.ipynb"))  # file-name order is reading order
-GUIDE = [NBS / f"guide/{name}.ipynb" for name in ("your_own_model", "at_scale")]
+GUIDE = [NBS / f"guide/{name}.ipynb" for name in ("your_own_model", "at_scale", "when_it_fails")]
 READING = [  # what is read one after the other; nbs/library is looked up
     NBS / "00_quickstart.ipynb",
     *CHAPTERS,

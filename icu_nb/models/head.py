@@ -27,7 +27,7 @@ _alone: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictio
 
 
 def _output_head(
-    model: "PreTrainedModel | PeftModel | torch.nn.Module",  # a causal LM, maybe wrapped for several processes
+    model: torch.nn.Module,  # a causal LM, or one that is wrapped for several processes
 ) -> torch.nn.Module | None:
     "The layer that makes the logits; None where there is none, or where no process has all of it (FSDP)."
     unwrapped = extract_model_from_parallel(model)
@@ -106,9 +106,10 @@ def states_or_logits(
 # %% ../../nbs/library/models/head.ipynb #110df504
 def chunk_length(
     head: torch.nn.Linear,  # the output head
+    device_type: str | None = None,  # "cpu" or "cuda"; None: where the head is
 ) -> int:
     "How many positions at a time go through the head."
-    logits = 2**23 if head.weight.device.type == "cpu" else 2**28
+    logits = 2**23 if (device_type or head.weight.device.type) == "cpu" else 2**28
     return max(1, logits // head.weight.shape[0])
 
 # %% ../../nbs/library/models/head.ipynb #b0ebc711

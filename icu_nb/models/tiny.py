@@ -41,6 +41,7 @@ from icu_nb.plumbing import (
 from ..text import Sequences, pad, tokenize
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/library/models/tiny.ipynb #44064dc3
@@ -104,7 +105,7 @@ def random_starts(
 
 # %% ../../nbs/library/models/tiny.ipynb #e44a5ec4
 def make_train_step(
-    model: "PreTrainedModel",  # a causal LM; trained in place
+    model: "PreTrainedModel | PeftModel",  # a causal LM; trained in place
     learning_rate: float,  # peak learning rate
     steps: int,  # how many steps there will be
 ) -> Callable[[Sequences], float]:  # takes a batch, returns its loss before the step
@@ -157,7 +158,7 @@ def _train_epochs(
 
 # %% ../../nbs/library/models/tiny.ipynb #64258361
 def recipe_key(
-    model: "PreTrainedModel",  # its configuration and weights are part of the recipe
+    model: "PreTrainedModel | PeftModel",  # its configuration and weights are part of the recipe
     **recipe: object,  # everything else that the result depends on
 ) -> str:
     "A hash of all that a trained model depends on: recipe, initial weights and library versions."

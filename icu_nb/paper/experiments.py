@@ -417,7 +417,7 @@ def _run_all(args: argparse.Namespace, files: LocalFiles) -> dict[str, str]:
     names = PROFILES[args.profile].experiments if args.name == "all" else [args.name]
     end = time.perf_counter() + 60 * args.minutes
     tell = functools.partial(print, flush=True)
-    missing = {}
+    missing: dict[str, str] = {}
     for name in names:
         minutes = (end - time.perf_counter()) / 60
         reasons = run_experiment(name, args.profile, args.seeds, args.out, files, minutes, tell)

@@ -9,6 +9,7 @@ __all__ = ['EXPERIMENTS', 'PROFILES', 'Experiment', 'list_trials']
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from ..data.pile import local_runs
 from ..errors import require
@@ -46,7 +47,7 @@ _MAIN_TABLE = (
     ),
 )
 
-_ABLATION = (
+_ABLATION: tuple = (
     ("ICU", "icu", {}),
     ("no L_lrn", "icu", {"loss": {"alpha": 0.0}}),
     ("no L_kl", "icu", {"loss": {"beta": 0.0}}),
@@ -68,7 +69,7 @@ _SENSITIVITY = (
 _CASE_STUDY = _with_labels("original", "retrained", *_TRAINED, "task vector", samples=4, utility=None)
 
 # %% ../../nbs/library/paper/grids.ipynb #4532d8ff
-_NEIGHBORS = (
+_NEIGHBORS: tuple = (
     ("nearest", "icu", {}),
     ("random", "icu", {"neighbors": "random"}),
     ("farthest", "icu", {"neighbors": "farthest"}),
@@ -80,7 +81,7 @@ _NEIGHBORS = (
     *((f"{share:.0%} general text", "icu", {"general": share}) for share in (0.5, 1.0)),
 )
 
-_BY_BLEU = {"refinement": "published_rule", "encoder": None}
+_BY_BLEU: dict = {"refinement": "published_rule", "encoder": None}
 
 _THRESHOLDS = (
     *((f"BLEU under {b:g}", "icu", _BY_BLEU | {"b": b}) for b in (0.01, 0.1, 0.3)),
@@ -235,8 +236,9 @@ def _trial_settings(profile: str, method: str, changes: dict) -> TrialSettings:
         settings = dataclasses.replace(settings, batch_size=settings.n_forget)
     record = get_method(method)
     if record.objective:  # its defaults are written down, too
-        objective = record.make(**settings.loss)
-        loss = dataclasses.asdict(objective) if dataclasses.is_dataclass(objective) else {}
+        objective: Any = record.make(**settings.loss)
+        names = [field.name for field in dataclasses.fields(objective)]
+        loss = {name: getattr(objective, name) for name in names}
         settings = dataclasses.replace(settings, loss=loss)
     return settings
 

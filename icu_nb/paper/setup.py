@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from ..data.general import general_split
 from ..data.people import people_corpus
 from ..data.pile import gpt2_tokenizer, pile_corpus
 from ..embedding import model_embedder, sentence_embedder
-from ..errors import require
+from ..errors import InputError, require
 from ..iur import Thresholds, calibrate_thresholds
 from ..metrics import memorization_accuracy, perplexity
 from ..models.loading import load_model
@@ -136,7 +136,7 @@ class Trial:
 
 # %% ../../nbs/library/paper/setup.ipynb #9e50a08c
 _SCRATCH = "gpt-neo-125m from scratch"
-_TINY_SHAPE = {
+_TINY_SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -144,13 +144,13 @@ _TINY_SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-_TINY_GPT2_SHAPE = {"n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
-_GPT_NEO_125M_SHAPE = {"hidden_size": 768, "num_layers": 12, "num_heads": 12}
+_TINY_GPT2_SHAPE: dict[str, Any] = {"n_positions": 128, "n_embd": 128, "n_layer": 4, "n_head": 4}
+_GPT_NEO_125M_SHAPE: dict[str, Any] = {"hidden_size": 768, "num_layers": 12, "num_heads": 12}
 
 
 def _gpt2_config(vocab_size: int) -> GPT2Config:
-    no_dropout = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-    special = {"bos_token_id": 0, "eos_token_id": 0}
+    no_dropout: dict[str, Any] = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2Config(vocab_size=vocab_size, **_TINY_GPT2_SHAPE, **no_dropout, **special)
 
 
@@ -159,15 +159,16 @@ def _llama_config(vocab_size: int) -> LlamaConfig:
 
 
 def _opt_config(vocab_size: int) -> OPTConfig:
-    no_dropout = {"dropout": 0.0, "attention_dropout": 0.0}
-    width = {"ffn_dim": 512, "word_embed_proj_dim": 128}
+    no_dropout: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0}
+    width: dict[str, Any] = {"ffn_dim": 512, "word_embed_proj_dim": 128}
     return OPTConfig(vocab_size=vocab_size, pad_token_id=1, **width, **no_dropout, **_TINY_SHAPE)
 
 
 def _gpt_neo_125m_config(vocab_size: int) -> GPTNeoConfig:
-    no_dropout = dict.fromkeys(["resid_dropout", "embed_dropout", "attention_dropout"], 0.0)
-    layers = {"attention_types": [[["global", "local"], 6]], **_GPT_NEO_125M_SHAPE}
-    special = {"bos_token_id": 50256, "eos_token_id": 50256}
+    dropouts = ["resid_dropout", "embed_dropout", "attention_dropout"]
+    no_dropout: dict[str, Any] = dict.fromkeys(dropouts, 0.0)
+    layers: dict[str, Any] = {"attention_types": [[["global", "local"], 6]], **_GPT_NEO_125M_SHAPE}
+    special: dict[str, Any] = {"bos_token_id": 50256, "eos_token_id": 50256}
     return GPTNeoConfig(vocab_size=vocab_size, **layers, **no_dropout, **special)
 
 
@@ -281,7 +282,7 @@ class Setup:
     def retrained(self) -> PreTrainedModel:
         "The model that never saw the forget texts."
         if self.retrain is None:
-            require(False, "retrained", "a model of this size is not trained again", "Use the tiny one")
+            raise InputError("`retrained`: a model of this size is not trained again. Use the tiny one.")
         return self.retrain()
 
     def forget_texts(
@@ -296,7 +297,7 @@ class Setup:
         settings: TrialSettings,  # goal, a, b and rule are used
     ) -> Thresholds:
         "When a run may stop, and which texts count as forgotten."
-        rule = {"bert_f1": settings.a, "bleu": settings.b, "rule": settings.rule}
+        rule: dict[str, Any] = {"bert_f1": settings.a, "bleu": settings.b, "rule": settings.rule}
         if settings.goal == "icu":
             return dataclasses.replace(Thresholds.icu(), **rule)
         if settings.goal == "kumpr":
@@ -349,7 +350,7 @@ def _memorize_in_passes(
     "Train in 16 bits, a pass at a time, until the forget texts are known."
     forget = tokenize(corpus.forget, tokenizer, max_length)
     background = corpus.retain + corpus.general_train
-    recipe = {"epochs": 1, "repeats": corpus.repeats, "learning_rate": 6e-4, "batch_size": 32}
+    recipe: dict[str, Any] = {"epochs": 1, "repeats": corpus.repeats, "learning_rate": 6e-4, "batch_size": 32}
     for number in range(_MAX_PASSES):
         order = seed + 1000 * number
         # without a cache: else the 16-bit copies of the weights would stay those of the first step
@@ -378,7 +379,12 @@ def _tiny_setup(corpus: Corpus, model: str, seed: int, max_length: int, embedder
     tokenizer = train_tokenizer(corpus.trained_on())
     fresh_model = functools.partial(_fresh_model, model, len(tokenizer))
     background = corpus.retain + corpus.general_train
-    recipe = {"epochs": corpus.epochs, "repeats": corpus.repeats, "max_length": max_length, "seed": seed}
+    recipe: dict[str, Any] = {
+        "epochs": corpus.epochs,
+        "repeats": corpus.repeats,
+        "max_length": max_length,
+        "seed": seed,
+    }
 
     def trained_on(forget: list[str]) -> PreTrainedModel:
         made = fresh_model(seed)

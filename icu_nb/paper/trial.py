@@ -11,7 +11,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from ..config import ICUConfig
 from ..data.people import people
-from ..errors import require
+from ..embedding import Embedder
+from ..errors import InputError, require
 from ..evals.people_questions import find_facts
-from ..iur import select_icu, select_published_rule, watched
+from ..iur import select_icu, select_published_rule
 from ..methods.edits import add_vector, task_vector
 from ..methods.registry import get_method
 from ..metrics import memorization_accuracy
@@ -66,27 +67,33 @@ def _with_coordinate(vectors: np.ndarray, far: np.ndarray) -> np.ndarray:
     return np.column_stack([vectors, 100.0 * far])
 
 
-def _neighbor_embedder(settings: TrialSettings, setup: Setup) -> Callable:
-    "Texts -> vectors by which the neighbors of the settings are the nearest ones; for `unlearn`."
-    rng = np.random.default_rng(setup.seed)
-    sign = -1 if settings.neighbors == "farthest" else 1
-    n_general = len(setup.corpus.general_train) if settings.general else 0
+class _RandomVectors(Embedder):
+    def __init__(self, seed: int):
+        self._rng = np.random.default_rng(seed)
 
-    def random_vectors(texts: list[str]) -> np.ndarray:
-        return rng.standard_normal((len(texts), 16))
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        return self._rng.standard_normal((len(texts), 16))
 
-    base = random_vectors if settings.neighbors == "random" else setup.embed
-    uncached = getattr(base, "uncached", base)  # what `unlearn` uses for forget texts
 
-    def embed_pool(texts: list[str]) -> np.ndarray:
-        return _with_coordinate(base(texts), np.arange(len(texts)) >= len(texts) - n_general)
+class _NeighborEmbedder(Embedder):
+    "Vectors by which the neighbors of the settings are the nearest ones."
 
-    def embed_forget(texts: list[str]) -> np.ndarray:
-        to_general = np.arange(len(texts)) < round(settings.general * len(texts))
-        return _with_coordinate(sign * uncached(texts), to_general)
+    def __init__(self, settings: TrialSettings, setup: Setup):
+        random = settings.neighbors == "random"
+        self._base = _RandomVectors(setup.seed) if random else setup.embed
+        self._sign = -1 if settings.neighbors == "farthest" else 1
+        self._share = settings.general  # of the forget texts that get general text
+        self._n_general = len(setup.corpus.general_train) if settings.general else 0
 
-    embed_pool.uncached = embed_forget
-    return embed_pool
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        general = np.arange(len(texts)) >= len(texts) - self._n_general
+        return _with_coordinate(self._base(texts), general)
+
+    # for the forget texts
+    def uncached(self, texts: list[str]) -> np.ndarray:
+        base = self._base.uncached if isinstance(self._base, Embedder) else self._base
+        to_general = np.arange(len(texts)) < round(self._share * len(texts))
+        return _with_coordinate(self._sign * base(texts), to_general)
 
 # %% ../../nbs/library/paper/trial.ipynb #5d2c6d56
 _REFINEMENTS = {"none": None, "icu": select_icu, "published_rule": select_published_rule}
@@ -99,13 +106,20 @@ def _alternatives(trial: Trial, setup: Setup, n: int) -> list[str] | None:
     return people(n, seed=1000 + trial.seed) if trial.data == "people" else setup.corpus.general_train[:n]
 
 
+def _learning_rate(settings: TrialSettings) -> float:
+    if settings.learning_rate is None:
+        problem, remedy = "none is known for this method", "Name one in the settings"
+        raise InputError(f"`learning_rate`: {problem}. {remedy}.")
+    return settings.learning_rate
+
+
 def _loop_config(trial: Trial, n: int) -> ICUConfig:
     "The settings of the loop for a request of n texts; the goal is tested eight times an epoch."
     settings = trial.settings
     every_epoch = settings.refinement != "none" or settings.watch or settings.samples
     beams = settings.refinement == "published_rule" or settings.samples
     return ICUConfig(
-        learning_rate=settings.learning_rate,
+        learning_rate=_learning_rate(settings),
         batch_size=settings.batch_size,
         max_epochs=settings.max_epochs,
         max_length=settings.max_length,
@@ -122,13 +136,13 @@ def _loop_config(trial: Trial, n: int) -> ICUConfig:
 def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: list[str]) -> UnlearnResult:
     "One request; the history gets the perplexities that are watched."
     settings = trial.settings
-    noted = []
 
-    def look() -> dict[str, float]:
+    def watch(model: PreTrainedModel, row: dict) -> dict[str, float]:
+        began = time.perf_counter()
         found = setup.perplexities(model, settings, setup.pairs, settings.watch)
-        return {f"ppl_{kind}": value for kind, value in found.items()}
+        seconds = row["seconds_check"] + time.perf_counter() - began  # watching is no training
+        return {f"ppl_{kind}": value for kind, value in found.items()} | {"seconds_check": seconds}
 
-    refinement = _REFINEMENTS[settings.refinement]
     result = unlearn(
         model,
         setup.tokenizer,
@@ -137,17 +151,14 @@ def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: 
         _loop_config(trial, len(texts)),
         objective=get_method(trial.method).make(**settings.loss),
         thresholds=setup.goal(settings),
-        refinement=watched(refinement, look, noted) if settings.watch else refinement,
+        refinement=_REFINEMENTS[settings.refinement],
+        callback=watch if settings.watch else None,  # with it, every epoch is checked
         alternatives=_alternatives(trial, setup, len(texts)),
-        embedder=_neighbor_embedder(settings, setup),
+        embedder=_NeighborEmbedder(settings, setup),
         encoder=find_encoder(settings.encoder) if settings.encoder else None,
     )
     if result.stop_reason == "interrupted":  # an unfinished run makes no row
         raise KeyboardInterrupt
-    if noted:
-        result.history = result.history.join(
-            pd.DataFrame(noted, index=result.history.index[result.history.ma.notna()])
-        )
     return result
 
 # %% ../../nbs/library/paper/trial.ipynb #a514bc95
@@ -191,7 +202,10 @@ def _retrained(trial: Trial, setup: Setup) -> Outcome:
 
 
 def _random_weights(trial: Trial, setup: Setup) -> Outcome:
-    return Outcome(setup.fresh_model(100 + trial.seed).to(setup.original.device))
+    if setup.fresh_model is None:
+        raise InputError("`method`: a model from the Hub is not made with random weights. Use a tiny one.")
+    model: Any = setup.fresh_model(100 + trial.seed)
+    return Outcome(model.to(setup.original.device))
 
 
 def _scaled_task_vector(trial: Trial, setup: Setup) -> Outcome:
