@@ -22,7 +22,8 @@ NEW_NAMES = {
     "tracker": "report_to",
     "resume": "resume_from_checkpoint",
 }
-_Arguments, _Result = ParamSpec("_Arguments"), TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def _refuse_old_names(names: Iterable[str]) -> None:

@@ -17,25 +17,18 @@ import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 
-from .checkpoint import name_of, open_checkpoints, run_identity
+from .checkpoint import Checkpoints, Progress, name_of, run_identity
 from .config import ICUConfig, refuses_old_names
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
 from .objective import ICU, Objective, as_objective
-from .pairs import prepare_task
+from .pairs import choose_thresholds, prepare_task
 from .result import UnlearnResult
 from icu_nb.run import (
-    Progress,
+    Reports,
     Run,
     check_all,
     check_environment,
-    choose_thresholds,
-    ending_well,
     is_enough,
-    load_progress,
-    report,
-    result_of,
-    save_progress,
-    start_reports,
 )
 from .text_scores import BERTScorer
 
@@ -128,38 +121,39 @@ def unlearn(
     embedder: str
     | Path
     | Callable
-    | None = None,  # sentence-transformers name, or texts -> [n, D]; None: `model`
+    | None = None,  # an encoder's name, or texts -> [n, D]; None: the model's own
     encoder: str | Path | None = None,  # name or folder of an encoder for BERTScore; None: BLEU alone
     checkpoint_dir: str | Path | None = None,  # a folder for a checkpoint per epoch; the last two are kept
-    resume_from_checkpoint: bool
-    | str
-    | Path = False,  # True: the newest, if any; `model` is the original again
+    resume_from_checkpoint: bool | str | Path = False,  # True: the newest, if any; `model` begins anew
     report_to: str | None = None,  # "tensorboard", "wandb" or another tracker of accelerate: a row per epoch
 ) -> UnlearnResult:
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
-    scorer = BERTScorer(str(encoder)) if encoder else None
     plugs = _names(objective=objective, refinement=refinement, encoder=encoder and Path(encoder).name)
+    objective = as_objective(objective)
+    scorer = BERTScorer(str(encoder)) if encoder else None
     task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
     thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
     # The first process decides for all: others might round otherwise.
     task, thresholds = broadcast_object_list([task, thresholds])
-    as_objective(objective).validate(model, task)
+    objective.validate(model, task)
     identity = partial(run_identity, model, task, config, thresholds, plugs)
-    checkpoints = open_checkpoints(checkpoint_dir, resume_from_checkpoint, identity)
-    parts = {"tokenizer": tokenizer, "refinement": refinement, "scorer": scorer, "report_to": report_to}
-    run = Run(model, task, config, as_objective(objective), thresholds, log_dir=checkpoint_dir, **parts)
+    checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
+    run = Run(
+        model, task, config, objective, thresholds, tokenizer, refinement, scorer, report_to, checkpoint_dir
+    )
     progress = Progress(np.full(len(task.forget), True))
-    with ending_well(run, model, progress):
-        load_progress(run, checkpoints, resume_from_checkpoint, progress)
-        with start_reports(run, report_to, progress.epoch) as bar:
+    with run.ending_well(model, progress):
+        progress.load(run, checkpoints, resume_from_checkpoint)
+        with Reports(run, report_to, progress.epoch) as reports:
             while progress.reason is None:
                 row = next_epoch(run, progress)
-                row.update((callback(model, row) or {}) if callback else {})
-                save_progress(run, checkpoints, progress)
-                report(run, bar, row)
-    return result_of(run, model, progress, plugs)
+                if callback is not None:
+                    row.update(callback(model, row) or {})
+                progress.save(run, checkpoints)
+                reports.tell(row)
+    return run.result(model, progress, plugs)
 
 
 def _names(**plugs: Any) -> dict[str, str]:

@@ -183,6 +183,33 @@ def test_all_of_retain_is_to_be_forgotten(tiny):
     assert tiny.same(model, tiny.weights(tiny.model))
 
 
+@pytest.mark.parametrize(
+    "neighbors, words",
+    [
+        ([0] * 8, r"int64 of shape \[8\]"),
+        (np.zeros((7, 1), dtype=int), r"shape \[7, 1\] for 8 forget texts"),
+        (np.zeros((8, 0), dtype=int), "integers"),
+        (np.zeros((8, 1)), "float64"),
+        (np.full((8, 1), 24), r"\[24\] are no indices of the 24"),
+        (np.full((8, 1), -1), r"\[-1\] are no indices"),
+    ],
+)
+def test_pairs_that_cannot_be_used(refused, neighbors, words):
+    assert is_one_clear_sentence(refused(f"`neighbors`.*{words}", neighbors=neighbors))
+
+
+def test_a_neighbor_that_is_to_be_forgotten(tiny):
+    with pytest.warns(UserWarning), pytest.raises(InputError, match=r"`neighbors`: the retain texts \[0\]"):
+        unlearn(
+            tiny.copy(),
+            tiny.tokenizer,
+            tiny.forget,
+            [tiny.forget[0], *tiny.retain],
+            tiny.config(),
+            neighbors=np.zeros((8, 1), dtype=int),
+        )
+
+
 # ---- model and tokenizer ----
 
 

@@ -1,5 +1,6 @@
 """A run that is killed, at whatever moment, goes on as if nothing had happened; what cannot be resumed is refused, and nothing good is lost."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -224,6 +225,19 @@ def test_another_run_is_refused(tiny, folder, words):
     with pytest.raises(CheckpointError, match="another run") as error:
         run(tiny, folder, model=model, resume_from_checkpoint=True, **changes)
     assert words in str(error.value) and content(folder) == before and tiny.same(model, weights)
+
+
+def test_an_old_checkpoint_is_refused_in_one_line(tiny, folder):
+    """Written before the names changed: other names in its settings, and no number of a format."""
+    for path in folder.glob("epoch-*/run.json"):
+        stored = json.loads(path.read_text())
+        del stored["format"]
+        stored["config"]["lr"] = stored["config"].pop("learning_rate")
+        stored["config"]["seq_len"] = stored["config"].pop("max_length")
+        path.write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="epoch-00005 was written by another version") as error:
+        run(tiny, folder, resume_from_checkpoint=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 def test_other_texts_are_refused(tiny, folder):

@@ -24,14 +24,15 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import icu_nb.cli
+import icu_nb.pairs
 import icu_nb.run
 import icu_nb.sampled_pool
-from icu_nb.cli import OUTCOMES, main
+from icu_nb.cli import _OUTCOMES, main
 from icu_nb.errors import InputError, NonFinite
 from icu_nb.iur import Thresholds
 from icu_nb.models.loading import load_model
 from icu_nb.models.tiny import tiny_gpt_neo
-from icu_nb.result import MESSAGES
+from icu_nb.result import _MESSAGES
 from icu_nb.sampled_pool import sample_pool
 from icu_nb.text import tokenize
 
@@ -172,7 +173,7 @@ def test_nothing_to_forget(call, given, tmp_path, tiny):
 
 
 def test_every_end_of_a_run_has_an_exit_code():
-    assert OUTCOMES.keys() == MESSAGES.keys() | {"non_finite_loss"} and OUTCOMES["all_forgotten"] == 0
+    assert _OUTCOMES.keys() == _MESSAGES.keys() | {"non_finite_loss"} and _OUTCOMES["all_forgotten"] == 0
 
 
 def test_settings_reach_the_run(call, tmp_path):
@@ -366,7 +367,7 @@ def test_interrupted(call, tmp_path, monkeypatch):
     def press_stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LOOP, "report", lambda run, bar, row: row["epoch"] == 1 and press_stop())
+    monkeypatch.setattr("icu_nb.run.Reports.tell", lambda self, row: row["epoch"] == 1 and press_stop())
     code, out, err = call()
     assert (
         code == 130
@@ -715,6 +716,36 @@ def test_what_nobody_foresaw_keeps_its_traceback(call, monkeypatch):
         call()
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("lr", "learning-rate"),
+        ("seq-len", "max-length"),
+        ("n", "el-n"),
+        ("start", "el-start"),
+        ("tracker", "report-to"),
+        ("resume", "resume-from-checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("form", ["--{}", "--{}=3"])
+def test_an_old_name_says_the_new_one(capsys, old, new, form):
+    with pytest.raises(SystemExit) as end:
+        main(["--model", "x", "--forget", "f", "--out", "o", form.format(old)])
+    expected = f"icu-unlearn: error: --{old}: this name is not used any more. Say --{new}.\n"
+    assert end.value.code == 2 and capsys.readouterr().err == expected
+
+
+def test_help_needs_no_torch_and_tells_all_settings():
+    code = "import sys; from icu_nb.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'pandas', 'numpy'} & sys.modules.keys()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for words in ("--el-n N", "EL's n-gram size (default: 10)", "--refinement {icu,published_rule,none}"):
+        assert words in done.stdout
+    assert "None:" not in done.stdout and "--resume-from-checkpoint" in done.stdout
+
+
 # ---- processes ----
 
 
@@ -787,7 +818,7 @@ def test_two_processes(in_two_processes, tmp_path):
 def rounds_otherwise(*job):
     """One of several processes, of which the second finds other thresholds and another pool."""
     rank = int(os.environ["RANK"])
-    icu_nb.run.calibrate_thresholds = lambda *args, **options: Thresholds(ma=float(rank), el=float(rank))
+    icu_nb.pairs.calibrate_thresholds = lambda *args, **options: Thresholds(ma=float(rank), el=float(rank))
     icu_nb.sampled_pool.sample_pool = lambda model, tokenizer, n, *args, **options: [
         f"{rank} says number {i} " * 20 for i in range(n)
     ]

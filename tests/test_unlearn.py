@@ -2,7 +2,9 @@
 
 import copy
 import importlib
+import pickle
 import warnings
+from dataclasses import fields, replace
 
 import datasets
 import numpy as np
@@ -13,11 +15,13 @@ from accelerate.state import AcceleratorState
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import icu_nb.run
-from icu_nb.iur import Thresholds, is_forgotten, select_published_rule
+from icu_nb.config import ICUConfig
+from icu_nb.errors import InputError
+from icu_nb.iur import Thresholds, calibrate_thresholds, is_forgotten, select_published_rule
 from icu_nb.metrics import memorization_scores
 from icu_nb.objective import ICU, Objective, gradient_ascent
 from icu_nb.result import UnlearnResult
-from icu_nb.text import tokenize
+from icu_nb.text import Sequences, tokenize
 from icu_nb.unlearn import unlearn
 
 HISTORY = [
@@ -431,6 +435,129 @@ def test_alpha_and_beta_weigh_their_terms(tiny):
         first[0.0, 0.0]["l_lrn"] == first[0.0, 0.0]["l_kl"] == 0
         and first[0.0, 0.0]["loss"] == first[0.0, 0.0]["l_fgt"] < 0
     )
+
+
+# ---- thresholds, pairs and a callback ----
+
+
+def test_heldout_texts_give_the_thresholds(tiny):
+    result = unlearn(
+        tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), heldout=tiny.heldout
+    )
+    expected = calibrate_thresholds(
+        tiny.model, tiny.tokenizer, tiny.heldout, max_length=48, el_floor=0.0499, batch_size=64
+    )
+    assert result.thresholds == expected != Thresholds()
+
+
+def test_without_thresholds_one_warning_says_which_are_used(tiny):
+    with pytest.warns(UserWarning, match=r"MA 0.2994, EL 0.0499.*`heldout`") as caught:
+        result = unlearn(tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(max_epochs=1))
+    assert len(caught) == 1 and caught[0].filename == __file__ and result.thresholds == Thresholds()
+
+
+def test_both_are_an_error(tiny):
+    with pytest.raises(InputError, match="`heldout`.*`thresholds`"):
+        unlearn(
+            tiny.copy(),
+            tiny.tokenizer,
+            tiny.forget,
+            tiny.retain,
+            tiny.config(),
+            heldout=tiny.heldout,
+            thresholds=NEVER,
+        )
+
+
+@pytest.mark.parametrize("form", [np.array, torch.tensor, list])
+def test_ready_pairs_are_used(tiny, form):
+    given = [[(i + 3) % 24, i] for i in range(8)]
+    spy = Spy()
+    result = unlearn(
+        tiny.copy(),
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(max_epochs=1),
+        thresholds=NEVER,
+        neighbors=form(given),
+        objective=spy,
+    )
+    assert result.pairs.tolist() == given
+    retain = tokenize(tiny.retain, tiny.tokenizer, 48).tokens()
+    first = spy.batches[0]
+    expected = [retain[j] for i in first.forget.rows.tolist() for j in given[i]]
+    trained = Sequences(first.neighbor.input_ids, first.neighbor.attention_mask).tokens()
+    assert trained == expected
+
+
+def test_the_pairs_of_a_run_give_the_same_run(tiny):
+    found = run(tiny)
+    again = unlearn(
+        tiny.copy(),
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(),
+        thresholds=NEVER,
+        neighbors=found.pairs,
+    )
+    assert_same(found, again)
+
+
+def test_the_callback_sees_every_row_and_may_add_to_it(tiny):
+    model, seen = tiny.copy(), []
+
+    def callback(given, row):
+        assert given is model and not model.training
+        seen.append(dict(row))
+        return {"norm": float(row["epoch"])} if row["epoch"] else None
+
+    result = unlearn(
+        model,
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(max_epochs=3, check_every=2),
+        thresholds=NEVER,
+        callback=callback,
+    )
+    assert [row["epoch"] for row in seen] == [0, 1, 2, 3] and "ma" not in seen[1]
+    assert result.history["norm"].tolist()[1:] == [1.0, 2.0, 3.0] and np.isnan(result.history["norm"][0])
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("lr", "learning_rate"),
+        ("seq_len", "max_length"),
+        ("n", "el_n"),
+        ("start", "el_start"),
+        ("tracker", "report_to"),
+        ("resume", "resume_from_checkpoint"),
+    ],
+)
+def test_an_old_name_says_the_new_one(tiny, old, new):
+    for call in (ICUConfig, lambda **old: unlearn(tiny.model, tiny.tokenizer, ["a"], ["b"], **old)):
+        with pytest.raises(InputError) as error:
+            call(**{old: 3})
+        assert str(error.value) == f"`{old}`: this name is not used any more. Say {new}."
+
+
+def test_a_name_that_never_was_is_pythons_own_error(tiny):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'learing_rate'"):
+        ICUConfig(learing_rate=1e-4)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'treshold'"):
+        unlearn(tiny.model, tiny.tokenizer, ["a"], ["b"], treshold=0.1)
+
+
+def test_the_papers_settings():
+    paper = ICUConfig.paper()
+    assert (paper.alpha, paper.beta, paper.learning_rate, paper.batch_size) == (0.5, 1.0, 5e-6, 8)
+    assert (paper.max_length, paper.n_neighbors, paper.max_overlap) == (200, 1, 1.0)
+    assert paper.stop == "all_forgotten" and replace(paper, seed=2).max_length == 200
+    assert pickle.loads(pickle.dumps(paper)) == copy.deepcopy(paper) == paper
+    assert all(field.metadata["help"] for field in fields(ICUConfig))
 
 
 # ---- the same again ----
