@@ -94,7 +94,8 @@ def check_fit(
     config: ICUConfig,  # el_n, el_start and max_length are used
 ) -> None:
     "One clear error when model, tokenizer and texts do not go together."
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = len(embedding.weight)
     # Tokens added later may be for images, and never made from text.
     largest = max(tokenizer.vocab_size - 1, pad_id(tokenizer), *map(max, tokens))
     require(

@@ -355,8 +355,8 @@ def test_names_are_the_same_in_every_process():
     from icu_nb.objective import ICU
 
     assert (
-        icu_nb.checkpoint.name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)"
-        and icu_nb.checkpoint.name_of(GradientAscent()) == "GradientAscent()"
+        icu_nb.checkpoint._name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)"
+        and icu_nb.checkpoint._name_of(GradientAscent()) == "GradientAscent()"
     )
-    assert icu_nb.checkpoint.name_of(GradientAscent().__call__).startswith("icu_nb.objective.")
-    assert " at 0x" not in icu_nb.checkpoint.name_of(lambda: None)
+    assert icu_nb.checkpoint._name_of(GradientAscent().__call__).startswith("icu_nb.objective.")
+    assert " at 0x" not in icu_nb.checkpoint._name_of(lambda: None)
