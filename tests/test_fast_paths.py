@@ -41,7 +41,7 @@ from icu_nb.models.head import chunk_length, head_losses, last_hidden_states, li
 from icu_nb.models.memory import fuse_activations
 from icu_nb.models.rollouts import greedy_pass, roll_out
 from icu_nb.models.tiny import tiny_gpt_neo
-from icu_nb.objective import ICU, Objective, gradient_ascent, token_terms
+from icu_nb.objective import ICU, GradientAscent, Objective, token_terms
 from icu_nb.pairs import Task, prepare_task
 from icu_nb.plumbing import mixed_precision, peak_memory
 from icu_nb.reference import OriginalModel
@@ -442,7 +442,7 @@ def test_an_objective_may_ask_about_anything(tiny):
         def __call__(self, model, batch, reference):
             states = reference.apply(last_hidden_states, batch.together("forget", "neighbor"))
             seen.append((reference.way, states.shape))
-            return gradient_ascent(model, batch, reference)
+            return GradientAscent()(model, batch, reference)
 
     unlearn(
         tiny.copy(),

@@ -511,10 +511,10 @@ def test_settings_have_their_range():
 
 def test_a_name_says_which_run_it_was():
     """What a checkpoint and a model card are told by."""
-    from icu_nb.checkpoint import name_of
+    from icu_nb.checkpoint import _name_of
 
-    assert name_of(get_method("npo").make(beta=0.2)) == "NPO(beta=0.2, alpha=1.0)"
-    assert name_of(get_method("kumpr").make()) == name_of(get_method("ga").make())
+    assert _name_of(get_method("npo").make(beta=0.2)) == "NPO(beta=0.2, alpha=1.0)"
+    assert _name_of(get_method("kumpr").make()) == _name_of(get_method("ga").make())
 
 
 # ---- retraining and task vectors ----
