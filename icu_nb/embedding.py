@@ -69,7 +69,7 @@ def embed_checked(
         "It must give one vector per text",
     )
     require(
-        np.isfinite(vectors).all(),
+        bool(np.isfinite(vectors).all()),
         "embedder",
         "it gave NaN or infinite numbers",
         "Check the texts, and the model behind it",
@@ -112,7 +112,7 @@ def _load_vectors(folder: Path) -> dict[str, np.ndarray]:
 
 class _CachedEmbedder(Embedder):
     def __init__(self, embedder: Callable, identity: str):
-        self.uncached = embedder
+        self._embedder = embedder
         self._folder = f"embeddings/{_sha256(identity)[:16]}"
 
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -120,12 +120,15 @@ class _CachedEmbedder(Embedder):
         known, keys = _load_vectors(folder), [_sha256(text) for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
         if new:
-            vectors = embed_checked(self.uncached, list(new.values()))
+            vectors = embed_checked(self._embedder, list(new.values()))
             file = folder / f"{_sha256(''.join(new))[:16]}.npz"
             with atomic_path(file) as temporary, open(temporary, "wb") as stream:
                 np.savez(stream, keys=list(new), vectors=vectors)
             known |= zip(new, vectors, strict=True)
         return np.stack([known[key] for key in keys])
+
+    def uncached(self, texts: list[str]) -> np.ndarray:
+        return self._embedder(texts)
 
 
 def cached_embedder(

@@ -71,7 +71,8 @@ def _el_from_rollouts(
     n: int = 10,  # n-gram size
 ) -> float:
     "EL_n of one sequence: where the greedy token is right, continuing from i is continuing from i+1."
-    continuation, overlaps = [], []
+    continuation: list[int] = []
+    overlaps = []
     for i in reversed(range(start, len(tokens))):
         continuation = rollouts[i] if i in rollouts else [tokens[i], *continuation]
         if len(tokens) - i >= n:
@@ -141,7 +142,7 @@ def perplexity(
     batch_size: int = 8,  # texts or windows per forward pass
 ) -> float:
     "exp of the mean negative log-likelihood per token, over all tokens of all texts (not a mean of means)."
-    width = min(max_length, context_length(model))
+    width = int(min(max_length, context_length(model)))
     remedy = "Windows must overlap; half of max_length is usual"
     problem = f"{stride!r} is not from 1 to {width - 1}"
     require(stride is None or 1 <= stride < width, "stride", problem, remedy)

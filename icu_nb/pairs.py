@@ -20,7 +20,7 @@ import torch
 from .batch import Batch, Part
 from .cle import choose_neighbors
 from .config import ICUConfig
-from .embedding import embed_checked, model_embedder, sentence_embedder
+from .embedding import Embedder, embed_checked, model_embedder, sentence_embedder
 from .errors import require
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
@@ -94,7 +94,8 @@ def check_fit(
     config: ICUConfig,  # el_n, el_start and max_length are used
 ) -> None:
     "One clear error when model, tokenizer and texts do not go together."
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = len(embedding.weight)
     # Tokens added later may be for images, and never made from text.
     largest = max(tokenizer.vocab_size - 1, pad_id(tokenizer), *map(max, tokens))
     require(
@@ -204,7 +205,8 @@ def _find_neighbors(
         return tokenizer.batch_decode([row[len(row) // 2 :] for row in rows])
 
     pool = embed_checked(embedder, second_halves([retain.tokens[j] for j in kept]))
-    uncached = getattr(embedder, "uncached", embedder)  # nothing of the forget texts goes into a cache
+    # Nothing of the forget texts goes into a cache.
+    uncached = embedder.uncached if isinstance(embedder, Embedder) else embedder
     queries = embed_checked(uncached, second_halves(forget.tokens))
     texts = [retain.trained[j] for j in kept]
     found = choose_neighbors(queries, pool, forget.trained, texts, config.n_neighbors, config.max_overlap)

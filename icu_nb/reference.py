@@ -8,7 +8,7 @@ __all__ = ['OriginalModel']
 # %% ../nbs/library/reference.ipynb #722e8209
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,7 +48,8 @@ class OriginalModel:
         anything: bool = False,  # those of other sequences will be needed, too
     ):
         self.sequences = {name: sequences.to(model.device) for name, sequences in parts.items()}
-        self.model, self.head = model, linear_head(model)
+        self.model: Any = model  # an adapter, too, can be switched off
+        self.head = linear_head(model)
         self.whole: torch.nn.Module | None = None  # a frozen copy of the model
         self.parts: dict[str, torch.Tensor] = {}  # last hidden states of the sequences
         probe = Sequences(*torch.tensor([[[0, 1]], [[1, 1]]], device=model.device))
@@ -76,7 +77,7 @@ class OriginalModel:
     def bytes(self) -> int:
         "The memory that is needed for it."
         kept = list(self.whole.state_dict().values() if self.whole is not None else self.parts.values())
-        if self.way == "hidden states":
+        if self.way == "hidden states" and self.head is not None:
             kept += self.head.parameters()
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in kept}.values())
 
@@ -118,6 +119,6 @@ class OriginalModel:
         rows: torch.Tensor,  # LongTensor [B]: which of its sequences
     ) -> torch.Tensor:  # [B, T, V]
         "The original model's logits, exactly."
-        if self.way == "hidden states":
+        if self.way == "hidden states" and self.head is not None:
             return self.head(self.hidden(part, rows))
         return self.apply(_logits, self.sequences[part][rows])

@@ -254,13 +254,14 @@ class UnlearnResult:
 
     def _whole_model(self) -> Any:
         "The model without an adapter: of one that has it, a copy on the CPU in which it is merged."
-        if not hasattr(self.model, "disable_adapter"):
-            return self.model
-        device = self.model.device
+        model: Any = self.model
+        if not hasattr(model, "disable_adapter"):
+            return model
+        device = model.device
         try:
-            return merge_lora(copy.deepcopy(self.model.cpu()))  # a GPU that is full has no room for a copy
+            return merge_lora(copy.deepcopy(model.cpu()))  # a GPU that is full has no room for a copy
         finally:
-            self.model.to(device)
+            model.to(device)
 
 
 def _rows(table: pd.DataFrame) -> list[dict]:

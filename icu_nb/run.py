@@ -31,7 +31,7 @@ from .iur import Thresholds, score_forget_set
 from .metrics import extraction_likelihood, memorization_accuracy
 from .models.loading import source_of
 from .models.memory import fuse_activations, recompute_layers
-from .objective import Objective
+from .objective import Objective, as_objective
 from .pairs import Task
 from .plumbing import mixed_precision, seed_everything
 from .reference import OriginalModel
@@ -125,7 +125,7 @@ class Run:
         model: "PreTrainedModel | PeftModel",  # trained in place
         task: Task,  # the sequences
         config: ICUConfig,  # the settings
-        objective: Objective,  # what is minimized
+        objective: Objective | Callable,  # what is minimized
         thresholds: Thresholds,  # when a sequence is forgotten, and when to stop
         tokenizer: "PreTrainedTokenizerBase | None" = None,  # the model's; checks decode with it
         refinement: Callable | None = None,  # which sequences train next; None: all
@@ -133,10 +133,11 @@ class Run:
         report_to: str | None = None,  # see `unlearn`
         log_dir: str | Path | None = None,  # where trackers that write files write them; None: runs
     ):
+        self.objective = as_objective(objective)
+        self.objective.validate(model, task)
         seed_everything(config.seed)
         self.task = task
         self.config = config
-        self.objective = objective
         self.thresholds = thresholds
         self.tokenizer = tokenizer
         self.refinement = refinement
@@ -153,7 +154,7 @@ class Run:
         # Alone, the user's choice; else each process has its own.
         self.device = model.device if self.world == 1 else self.accelerator.device
         self.core = model.float().eval().to(self.device)
-        self.reference = _original(model, task, objective, config)
+        self.reference = _original(model, task, self.objective, config)
         self.model, self.optimizer = _prepared(self.accelerator, model, config)
         self.generator = torch.Generator().manual_seed(config.seed)
         # Last: what fails above leaves the model's layers as they were.
@@ -220,6 +221,7 @@ class Run:
         plugs: dict[str, str],  # names of objective, refinement and encoder
     ) -> UnlearnResult:
         "What came of the run."
+        assert self.tokenizer is not None
         history, samples = progress.log.tables()
         weights = None
         if self.accelerator.distributed_type == DistributedType.FSDP:  # all processes are here
@@ -257,7 +259,8 @@ def _backward(run: Run, piece: torch.Tensor, rows: torch.Tensor, number: int) ->
     batch = run.task.batch(piece if len(piece) else stand_in, run.device, step=rows)
     with run.accelerator.autocast():
         terms = run.objective(run.model, batch, run.reference)
-        terms = {"loss": sum(terms.values()), **terms}
+        loss: Any = sum(terms.values())
+        terms = {"loss": loss, **terms}
     values = run.accelerator.reduce(share * torch.stack([*terms.values()]).detach(), "sum").tolist()
     _require_finite("loss", values[0], number)
     run.accelerator.backward(run.world * share * terms["loss"])  # DDP averages where we want the sum

@@ -8,7 +8,7 @@ __all__ = ['recites', 'sample_pool']
 # %% ../nbs/library/sampled_pool.ipynb #0b71f378
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -76,7 +76,8 @@ def sample_pool(
     require(max_length <= context, "max_length", problem, "Set a smaller max_length")
     require_number("max_overlap", max_overlap, high=1.0)
     # Tokens added later may have no row in the model.
-    vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
+    vocabulary = min(len(tokenizer), embedding.weight.shape[0])
     front = torch.tensor([tokenizer("").input_ids] * batch_size, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     too_much = recites(forget, max_overlap)

@@ -34,7 +34,7 @@ def sentence_bleu(
 
 # %% ../nbs/library/text_scores.ipynb #736b4aee
 class BERTScorer:
-    "BERTScore F1 with a local encoder (torchmetrics; raw, its last layer); encoder and references are read once."
+    "BERTScore F1 with a local encoder (torchmetrics; raw, its last layer); references are read once."
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class BERTScorer:
             ) from error
         self._model = model.to(best_device())
         self._vectors: dict[tuple, torch.Tensor] = {}  # tokens of a text -> its last layer
-        self._longest = min(512, self._tokenizer.model_max_length, context_length(model))
+        self._longest = int(min(512, self._tokenizer.model_max_length, context_length(model)))
         self._metric = BERTScore(
             model=self._model,
             user_tokenizer=lambda texts, max_length: self._tokens(texts),
@@ -112,7 +112,8 @@ class BERTScorer:
             return 0.0
         self._metric.reset()
         self._metric.update([continuation], [reference])
-        return float(self._metric.compute()["f1"])
+        f1 = self._metric.compute()["f1"]
+        return float(torch.as_tensor(f1))
 
 # %% ../nbs/library/text_scores.ipynb #f7a3e58d
 def token_entropy(

@@ -17,10 +17,15 @@ import pandas as pd
 import torch
 from accelerate.utils import broadcast_object_list
 
-from .checkpoint import Checkpoints, Progress, name_of, run_identity
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# %% ../nbs/learn/07_the_loop.ipynb #ed3b1db7
+from .checkpoint import Checkpoints, Progress, names_of, run_identity
 from .config import ICUConfig, refuses_old_names
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
-from .objective import ICU, Objective, as_objective
+from .objective import ICU, Objective
 from .pairs import choose_thresholds, prepare_task
 from .result import UnlearnResult
 from icu_nb.run import (
@@ -31,10 +36,6 @@ from icu_nb.run import (
     is_enough,
 )
 from .text_scores import BERTScorer
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/learn/07_the_loop.ipynb #35c1dd4c
 def train_epoch(
@@ -83,7 +84,8 @@ def next_epoch(
     "Train the active sequences, check all, choose which are active, decide whether to stop."
     progress.epoch += 1
     began = time.perf_counter()
-    losses, enough = {}, False
+    losses: dict[str, float] = {}
+    enough = False
     if progress.epoch > 0:
         losses, enough = train_epoch(run, _shuffled(run, progress.active))
     trained = time.perf_counter() if progress.epoch else began
@@ -130,14 +132,12 @@ def unlearn(
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
-    plugs = _names(objective=objective, refinement=refinement, encoder=encoder and Path(encoder).name)
-    objective = as_objective(objective)
+    plugs = names_of(objective=objective, refinement=refinement, encoder=encoder and Path(encoder).name)
     scorer = BERTScorer(str(encoder)) if encoder else None
     task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
     thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
     # The first process decides for all: others might round otherwise.
     task, thresholds = broadcast_object_list([task, thresholds])
-    objective.validate(model, task)
     identity = partial(run_identity, model, task, config, thresholds, plugs)
     checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
     run = Run(
@@ -154,7 +154,3 @@ def unlearn(
                 progress.save(run, checkpoints)
                 reports.tell(row)
     return run.result(model, progress, plugs)
-
-
-def _names(**plugs: Any) -> dict[str, str]:
-    return {name: name_of(plug) for name, plug in plugs.items()}

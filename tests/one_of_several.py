@@ -15,7 +15,7 @@ from icu_nb.config import ICUConfig
 from icu_nb.errors import ICUError
 from icu_nb.iur import Thresholds
 from icu_nb.models.loading import add_lora
-from icu_nb.objective import ICU, Objective, gradient_ascent
+from icu_nb.objective import ICU, GradientAscent, Objective
 from icu_nb.unlearn import unlearn
 
 
@@ -67,7 +67,7 @@ def main(folder, out, job):
         torch.manual_seed(0)
         model = add_lora(model, 4)
     objective = Watched(
-        gradient_ascent if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks")
+        GradientAscent() if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks")
     )
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
     no_room = (

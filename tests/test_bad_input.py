@@ -1,4 +1,4 @@
-"""Bad input gets one clear error, which names the argument and the remedy, before any training; nothing is changed."""
+"""Bad input gets one clear error that names argument and remedy, before any training or change."""
 
 import copy
 import importlib
@@ -54,12 +54,11 @@ def refused(tiny, monkeypatch):
         before, mode, dtype = tiny.weights(model), model.training, model.dtype
         with pytest.raises(error, match=match) as caught, warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            pick = lambda given, own: own if given is None else given
             unlearn(
                 model,
-                pick(tokenizer, tiny.tokenizer),
-                pick(forget, tiny.forget),
-                pick(retain, tiny.retain),
+                tiny.tokenizer if tokenizer is None else tokenizer,
+                tiny.forget if forget is None else forget,
+                tiny.retain if retain is None else retain,
                 config or tiny.config(),
                 **rest,
             )
@@ -178,7 +177,7 @@ def test_all_of_retain_is_to_be_forgotten(tiny):
     model = tiny.copy()
     with (
         pytest.warns(UserWarning, match="`retain`"),
-        pytest.raises(InputError, match="`retain`.*0 texts are left"),
+        pytest.raises(InputError, match=r"`retain`.*0 texts are left"),
     ):
         unlearn(model, tiny.tokenizer, tiny.forget, tiny.forget, tiny.config())
     assert tiny.same(model, tiny.weights(tiny.model))
@@ -352,24 +351,24 @@ def test_unknown_names(call, words):
 
 def test_a_download_that_is_another_file(tmp_path):
     (tmp_path / "other.npy").write_bytes(b"something else")
-    with pytest.raises(DownloadError, match="SHA-256.*data_dir"):
+    with pytest.raises(DownloadError, match=r"SHA-256.*data_dir"):
         _download((tmp_path / "other.npy").as_uri(), "ab" * 32, tmp_path / "cache" / "file.npy")
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """As without a network; the Hub's client says so at once, where it would otherwise try again for a minute."""
+    """As without a network; the Hub's client says so at once instead of trying again for a minute."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_a_hub_model_without_a_network(offline):
-    with pytest.raises(InputError, match="`model`.*nobody/no-such-model.*network") as caught:
+    with pytest.raises(InputError, match=r"`model`.*nobody/no-such-model.*network") as caught:
         load_model("nobody/no-such-model")
     assert is_one_clear_sentence(str(caught.value).replace("\n", " ")[:399])
 
 
 def test_a_folder_that_holds_no_model(cache):
-    with pytest.raises(InputError, match="`model`.*save_pretrained"):
+    with pytest.raises(InputError, match=r"`model`.*save_pretrained"):
         load_model(cache)
 
 
@@ -384,7 +383,7 @@ def test_a_hub_encoder_without_a_network(offline, refused, argument):
 
 def test_a_sentence_encoder_without_its_library(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
-    with pytest.raises(InputError, match="`embedder`.*pip install"):
+    with pytest.raises(InputError, match=r"`embedder`.*pip install"):
         sentence_embedder("all-MiniLM-L6-v2")
 
 
@@ -423,7 +422,7 @@ def test_a_model_that_is_broken_already(tiny):
     model = tiny.copy()
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = NAN
-    with pytest.raises(InputError, match="`embedder`|`model`"):
+    with pytest.raises(InputError, match=r"`embedder`|`model`"):
         unlearn(model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config())
 
 

@@ -21,7 +21,7 @@ import icu_nb.checkpoint
 from icu_nb.checkpoint import CheckpointError, Checkpoints
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.objective import gradient_ascent
+from icu_nb.objective import GradientAscent
 from icu_nb.unlearn import unlearn
 
 NEVER = Thresholds(ma=0.0, el=0.0)
@@ -157,7 +157,7 @@ def test_an_objective_may_draw_at_random(tiny, tmp_path):
     def noisy(model, batch, reference):
         return {
             name: value * (1 + torch.rand(1)[0] + random.random())
-            for name, value in gradient_ascent(model, batch, reference).items()
+            for name, value in GradientAscent()(model, batch, reference).items()
         }
 
     whole = run(tiny, objective=noisy)
@@ -212,7 +212,7 @@ OTHERS = {
             lambda m: m.weight.data.add_(1e-3) if isinstance(m, torch.nn.LayerNorm) else None
         )
     },
-    "`objective` was": lambda tiny: {"objective": gradient_ascent},
+    "`objective` was": lambda tiny: {"objective": GradientAscent()},
     "`refinement` was": lambda tiny: {"refinement": None},
 }
 
@@ -355,8 +355,8 @@ def test_names_are_the_same_in_every_process():
     from icu_nb.objective import ICU
 
     assert (
-        icu_nb.checkpoint.name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)"
-        and icu_nb.checkpoint.name_of(gradient_ascent) == "GradientAscent()"
+        icu_nb.checkpoint._name_of(ICU()) == "ICU(alpha=0.5, beta=1.0)"
+        and icu_nb.checkpoint._name_of(GradientAscent()) == "GradientAscent()"
     )
-    assert icu_nb.checkpoint.name_of(gradient_ascent.__call__).startswith("icu_nb.objective.")
-    assert " at 0x" not in icu_nb.checkpoint.name_of(lambda: None)
+    assert icu_nb.checkpoint._name_of(GradientAscent().__call__).startswith("icu_nb.objective.")
+    assert " at 0x" not in icu_nb.checkpoint._name_of(lambda: None)

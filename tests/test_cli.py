@@ -247,7 +247,7 @@ def test_a_warning_is_one_line(call, given, tmp_path, tiny):
     assert (
         code == 3
         and len(said := [line for line in err.splitlines() if "warning" in line]) == 1
-        and "also stand in `forget`" in said[0]
+        and "also stand in --forget" in said[0]
     )
 
 

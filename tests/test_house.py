@@ -227,7 +227,6 @@ print("\\n".join(silent))
 IMPORTED_AS = {"Faker": "faker", "sentence-transformers": "sentence_transformers"}
 
 
-@not_yet
 def test_without_extras_the_library_says_what_to_install():
     """The core needs none of them; what does says so in one line that names the extra."""
     extras = project()["optional-dependencies"]

@@ -68,13 +68,11 @@ FAMILIES = {  # name: (model type, sizes, a tokenizer that adds BOS)
     "gemma3": ("gemma3_text", GROUPED, True),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
-one_line = lambda message: (
-    message.startswith("`")
-    and "\n" not in message
-    and ". " in message
-    and message.endswith(".")
-    and len(message) < 500
-)
+
+
+def one_line(message):
+    ends = message.startswith("`") and ". " in message and message.endswith(".")
+    return ends and "\n" not in message and len(message) < 500
 
 
 def build(family, vocab_size):

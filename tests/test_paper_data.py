@@ -1,4 +1,4 @@
-"""The paper's data path: the full extraction set, its neighbors by the real MiniLM, and the real MiniLM inside `unlearn`."""
+"""The paper's data: the full extraction set, its neighbors by the real MiniLM, and MiniLM in `unlearn`."""
 
 import numpy as np
 import pandas as pd
@@ -53,7 +53,7 @@ def test_the_full_set_is_read_as_it_is(tmp_path):
 )
 def test_another_array_is_refused(tmp_path, rows):
     np.save(tmp_path / "file.npy", rows)
-    with pytest.raises(InputError, match="`path`.*train_dataset.npy"):
+    with pytest.raises(InputError, match=r"`path`.*train_dataset.npy"):
         full_extraction_set(tmp_path / "file.npy")
 
 
@@ -72,7 +72,7 @@ def test_another_file_is_refused(tmp_path, damage):
     np.save(path, np.zeros((15000, 200), np.uint16))
     content = damage(path.read_bytes())
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(InputError, match="`path`.*cannot be read.*lm-extraction-benchmark-data"):
+    with pytest.raises(InputError, match=r"`path`.*cannot be read.*lm-extraction-benchmark-data"):
         full_extraction_set(path)
 
 
@@ -81,7 +81,7 @@ def test_another_file_is_refused(tmp_path, damage):
 
 @pytest.fixture(scope="module")
 def published(shared_data):
-    """Per run: forget sequences, neighbors, and both's rows in the full set. A neighbor's row counts what is left, in the order of the token files."""
+    """Per run: forget sequences, neighbors, and the rows of both in the full set, as the files count them."""
     runs = {}
     for run in RUNS:
         pairs, folder = pile_extraction(run, shared_data), shared_data / "pile_extraction" / f"run{run}"
@@ -110,7 +110,7 @@ def full(published):
 
 
 def test_row_numbers_mean_what_we_think(published):
-    """One sequence has one row, and one row one sequence, in whichever run and role it appears: in no other order or numbering of nearest10.csv does that hold."""
+    """One sequence has one row in every run and role: no other order of nearest10.csv has that."""
     met = [
         (tuple(sequence), row)
         for forget, neighbors, *rows in published.values()
@@ -160,7 +160,7 @@ def test_neighbors_by_the_slow_definition(published, full, gpt2, run):
 
 
 def test_the_papers_embedder_finds_the_published_neighbors(published, gpt2, minilm):
-    """And counts their rows among what is left: the first 20 pairs of each run, in the order of the full set (05_cle asks for all pairs)."""
+    """And counts their rows among what is left: the first 20 pairs of each run, in the full set's order."""
     few = {run: [part[:20] for part in parts] for run, parts in published.items()}
     rows, first = np.unique(
         np.concatenate([np.concatenate(run[2:]) for run in few.values()]), return_index=True
@@ -201,12 +201,12 @@ def test_impossible_requests_are_refused_before_anything_is_embedded(tiny, wrong
 
 @pytest.fixture(scope="module")
 def suffixes(published, gpt2):
-    """What IUR compares: tokens 150 to 200 of forget sequences, and of their neighbors in place of continuations."""
+    """What IUR compares: tokens 150 to 200 of forget sequences, with neighbors in place of continuations."""
     return [gpt2.batch_decode(rows[:12, 150:]) for rows in published[0][:2]]
 
 
 def test_bert_score_by_a_real_encoder(suffixes, minilm):
-    """Against the formula: greedy cosine matching of last-layer vectors, without the special tokens at both ends."""
+    """Against the formula: greedy cosine matching of last-layer vectors, without the special tokens."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
@@ -244,19 +244,20 @@ def test_unlearning_with_the_papers_embedder_and_a_real_encoder(tiny, published,
     assert result.stop_reason == "max_epochs" and result.history["epoch"].tolist() == [0, 1, 2]
 
     # The model sees the first 48 tokens of each text: so do we.
-    texts = lambda texts, part: tiny.tokenizer.batch_decode(
-        [ids[:48][part] for ids in tiny.tokenizer(texts)["input_ids"]]
-    )
+    def parts_of(texts, part):
+        rows = tiny.tokenizer(texts)["input_ids"]
+        return tiny.tokenizer.batch_decode([ids[:48][part] for ids in rows])
+
     encoder = sentence_transformers.SentenceTransformer(minilm)
     queries, vectors = (
-        encoder.encode(texts(rows, slice(24, None)), show_progress_bar=False) for rows in (forget, retain)
+        encoder.encode(parts_of(rows, slice(24, None)), show_progress_bar=False) for rows in (forget, retain)
     )
     distances = ((queries[:, None] - vectors[None]) ** 2).sum(-1)
-    grams = [[word_ngrams(text) for text in texts(rows, slice(None))] for rows in (forget, retain)]
+    grams = [[word_ngrams(text) for text in parts_of(rows, slice(None))] for rows in (forget, retain)]
     distances[[[containment(f, r) > 0.5 for r in grams[1]] for f in grams[0]]] = np.inf
     assert result.pairs[:, 0].tolist() == distances.argmin(1).tolist()
 
-    truth = texts(forget, slice(36, None))
+    truth = parts_of(forget, slice(36, None))
     last = result.samples[result.samples["epoch"] == 2]
     assert result.history["bert_f1"].between(0.05, 1).all() and result.history["bert_f1"].iloc[
         2

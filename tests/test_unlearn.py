@@ -19,7 +19,7 @@ from icu_nb.config import ICUConfig
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds, calibrate_thresholds, is_forgotten, select_published_rule
 from icu_nb.metrics import memorization_scores
-from icu_nb.objective import ICU, Objective, gradient_ascent
+from icu_nb.objective import ICU, GradientAscent, Objective
 from icu_nb.result import UnlearnResult
 from icu_nb.text import Sequences, tokenize
 from icu_nb.unlearn import unlearn
@@ -154,7 +154,7 @@ def test_the_result_names_settings_and_pairs(tiny, three_epochs):
 
 
 def test_it_forgets_and_gradient_ascent_forgets_too(tiny):
-    for objective in (None, gradient_ascent):
+    for objective in (None, GradientAscent()):
         result = run(
             tiny,
             objective=objective,
@@ -370,7 +370,7 @@ def test_an_objective_that_asks_for_nothing_special_gets_both_parts(tiny):
 
     def objective(model, batch, reference):
         parts.append({*reference.parts})
-        return gradient_ascent(model, batch, reference)
+        return GradientAscent()(model, batch, reference)
 
     run(tiny, objective=objective, max_epochs=1)
     assert parts[0] == {"forget", "neighbor"}

@@ -41,8 +41,12 @@ def extraction_neighbors(
     )
     pool = [row for row in full_rows if row not in gone]
     check_choice(pool, k, max_overlap)
-    second_halves = tokenizer.batch_decode([row[len(row) // 2 :] for row in pool + forget_rows])
-    vectors = embed_checked(embedder, second_halves)
+    pool_halves, forget_halves = (
+        tokenizer.batch_decode([list(row[len(row) // 2 :]) for row in rows]) for rows in (pool, forget_rows)
+    )
+    vectors = embed_checked(embedder, pool_halves + forget_halves)
     pool_vectors, queries = vectors[: len(pool)], vectors[len(pool) :]
-    forget_texts, pool_texts = tokenizer.batch_decode(forget_rows), tokenizer.batch_decode(pool)
+    pool_texts, forget_texts = (
+        tokenizer.batch_decode([list(row) for row in rows]) for rows in (pool, forget_rows)
+    )
     return choose_neighbors(queries, pool_vectors, forget_texts, pool_texts, k, max_overlap)
