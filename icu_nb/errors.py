@@ -8,6 +8,7 @@ __all__ = ['ICUError', 'InputError', 'DownloadError', 'require', 'require_number
 # %% ../nbs/library/errors.ipynb #9b327978
 import math
 import numbers
+from typing import Any
 
 # %% ../nbs/library/errors.ipynb #528043dd
 class ICUError(Exception):
@@ -35,7 +36,7 @@ def require(
 # %% ../nbs/library/errors.ipynb #08a2fd7c
 def require_number(
     name: str,  # the argument's name
-    value: object,  # its value
+    value: Any,  # its value
     low: float = 0.0,  # the smallest value allowed
     high: float = math.inf,  # the largest value allowed
 ) -> None:
