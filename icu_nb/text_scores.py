@@ -34,7 +34,7 @@ def sentence_bleu(
 
 # %% ../nbs/library/text_scores.ipynb #736b4aee
 class BERTScorer:
-    "BERTScore F1 with a local encoder (torchmetrics; raw, its last layer); encoder and references are read once."
+    "BERTScore F1 with a local encoder (torchmetrics; raw, its last layer); references are read once."
 
     def __init__(
         self,
