@@ -14,7 +14,7 @@ import torch
 from faker import Faker
 
 from icu_nb.data.corpus import Corpus
-from icu_nb.data.files import PUBLIC_FILES
+from icu_nb.data.files import _PUBLIC_FILES
 from icu_nb.data.general import DIALOGUES, dialogue_turns
 from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
@@ -573,8 +573,8 @@ def test_every_part_of_the_paper_is_public():
         "completion/lambada.csv",
         "completion/pubmed_qa.csv",
     ]
-    assert {*wanted} <= {*PUBLIC_FILES}
-    assert PUBLIC_FILES["completion/lambada.csv"][0].endswith("/datasets/lambada.csv") and PUBLIC_FILES[
+    assert {*wanted} <= {*_PUBLIC_FILES}
+    assert _PUBLIC_FILES["completion/lambada.csv"][0].endswith("/datasets/lambada.csv") and _PUBLIC_FILES[
         "perplexity/pile.csv"
     ][0].endswith("/datasets/validation_data/pile.csv")
 

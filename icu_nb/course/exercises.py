@@ -31,13 +31,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..batch import Batch, Part
 from ..data.people import TEMPLATES, people
 from ..evals.membership import auc, priv_leak
 from ..iur import Thresholds
 from ..kui import unlearning_loss
 from ..metrics import memorization_accuracy
 from ..models.tiny import memorize, tiny_gpt_neo, train_tokenizer
-from ..batch import Batch, Part
 from ..paper.tables import significance
 from ..text import Sequences, containment, tokenize, word_ngrams
 from ..text_scores import distinct_n, sentence_bleu, token_entropy
