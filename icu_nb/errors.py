@@ -8,6 +8,7 @@ __all__ = ['ICUError', 'InputError', 'DownloadError', 'require', 'require_number
 # %% ../nbs/library/errors.ipynb #9b327978
 import math
 import numbers
+from typing import Any
 
 # %% ../nbs/library/errors.ipynb #528043dd
 class ICUError(Exception):
@@ -35,16 +36,19 @@ def require(
 # %% ../nbs/library/errors.ipynb #08a2fd7c
 def require_number(
     name: str,  # the argument's name
-    value: object,  # its value
+    value: Any,  # its value
     low: float = 0.0,  # the smallest value allowed
     high: float = math.inf,  # the largest value allowed
 ) -> None:
     "Raise `InputError` unless `value` is a number from `low` to `high`; NaN never is."
     allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    inside = False
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        inside = low <= value <= high and value != math.inf
-    require(inside, name, f"{value!r} is out of range", f"Give a number {allowed}")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    require(
+        is_number and low <= value <= high and value != math.inf,
+        name,
+        f"{value!r} is out of range",
+        f"Give a number {allowed}",
+    )
 
 # %% ../nbs/library/errors.ipynb #bee438ea
 class NonFinite(ArithmeticError):

@@ -198,7 +198,7 @@ def real_tokens(
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     context: float = float("inf"),  # the longest sequence allowed
 ) -> Sequences:
-    "The same sequences, padded on the right whatever side they were padded on; `InputError` when they cannot be scored."
+    "The same sequences, padded on the right whatever side they were padded on."
     require(
         input_ids.ndim == 2 and len(input_ids) > 0,
         "input_ids",
@@ -212,15 +212,19 @@ def real_tokens(
         f"its shape is {list(mask.shape)}, that of input_ids {list(input_ids.shape)}",
         "Give the mask that belongs to input_ids",
     )
-    rows = [ids[real.bool()].tolist() for ids, real in zip(input_ids.cpu(), mask.cpu(), strict=True)]
-    long = [i for i, row in enumerate(rows) if len(row) > context]
+    real = mask.bool().cpu()
+    lengths = real.sum(1)
+    long = (lengths > context).nonzero()[:, 0].tolist()
     require(
         not long,
         "input_ids",
         f"sequences {long[:5]} are longer than the model's context of {context} tokens",
         "Cut them",
     )
-    return pad(rows)
+    # Real tokens first, in their order.
+    order = torch.argsort((~real).int(), dim=1, stable=True)[:, : int(lengths.max())]
+    kept = torch.arange(order.shape[1]) < lengths[:, None]
+    return Sequences(input_ids.cpu().long().gather(1, order).masked_fill(~kept, 0), kept.long())
 
 # %% ../nbs/library/text.ipynb #96735279
 def pad_id(

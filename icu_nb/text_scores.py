@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from .errors import InputError
 from .language_model import context_length
-from .plumbing import best_device
+from .plumbing import best_device, require_package
 
 # %% ../nbs/library/text_scores.ipynb #9a8b8c44
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it recommends another variant than this one
@@ -34,12 +34,13 @@ def sentence_bleu(
 
 # %% ../nbs/library/text_scores.ipynb #736b4aee
 class BERTScorer:
-    "BERTScore F1 with a local encoder (torchmetrics; raw, its last layer); encoder and references are read once."
+    "BERTScore F1 with a local encoder (torchmetrics; raw, its last layer); references are read once."
 
     def __init__(
         self,
         encoder: str,  # name or folder of a Hugging Face encoder, for example bert-base-uncased
     ):
+        require_package("torchmetrics", "evals")
         from torchmetrics.text.bert import BERTScore
 
         try:

@@ -20,10 +20,11 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
+from icu_nb.batch import Term
+from icu_nb.cle import kl_loss, nearest_neighbors, neighbor_terms, pair_learning_loss
 from icu_nb.embedding import model_embedder, second_half, sentence_embedder
 from icu_nb.errors import InputError
-from icu_nb.kui import unlearning_loss
+from icu_nb.kui import forget_terms, unlearning_loss
 from icu_nb.models.head import last_hidden_states
 from icu_nb.models.tiny import train_tokenizer
 from icu_nb.reference import OriginalModel
@@ -165,6 +166,14 @@ def test_kl_is_no_cross_entropy():
     cross_entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     assert abs(kl_loss(logits, logits)) < 1e-12 and cross_entropy > 1
     assert all(kl_loss(torch.randn_like(logits), logits) > 0 for _ in range(5))
+
+
+def test_a_step_minimizes_the_losses_of_the_chapters():
+    assert forget_terms() == {"l_fgt": Term("forget", unlearning_loss, 1.0)}
+    assert neighbor_terms(0.3, 2.0) == {
+        "l_lrn": Term("neighbor", pair_learning_loss, 0.3),
+        "l_kl": Term("neighbor", kl_loss, 2.0),
+    }
 
 
 # ---- neighbors ----

@@ -257,7 +257,7 @@ def test_unlearning_with_the_papers_embedder_and_a_real_encoder(tiny, published,
     distances[[[containment(f, r) > 0.5 for r in grams[1]] for f in grams[0]]] = np.inf
     assert result.pairs[:, 0].tolist() == distances.argmin(1).tolist()
 
-    truth = texts(forget, slice(36, None))
+    truth = parts_of(forget, slice(36, None))
     last = result.samples[result.samples["epoch"] == 2]
     assert result.history["bert_f1"].between(0.05, 1).all() and result.history["bert_f1"].iloc[
         2

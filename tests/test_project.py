@@ -143,7 +143,6 @@ def test_first_code_cell_installs_the_version_of_settings():
     assert f"git+{{repo}}@{{release if tag else '{branch}'}}" in cell
 
 
-@pytest.mark.xfail(reason="the reading order is new", strict=False)
 @each_lesson
 def test_ends_with_the_next_notebook(path):
     """Quickstart, chapters, guide, paper, course; the last leads back to the first."""

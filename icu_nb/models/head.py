@@ -15,6 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from ..errors import InputError
 from ..text import Sequences
 
 if TYPE_CHECKING:
@@ -69,7 +70,12 @@ def last_hidden_states(
     batch: Sequences,  # B sequences on the model's device
 ) -> torch.Tensor:  # [B, T, H]
     "What enters the output head."
-    return _up_to_head(model, _output_head(model), batch)[0]
+    head = _output_head(model)
+    if head is None:
+        raise InputError(
+            "`model`: there is no output head in one piece. Give a causal LM that is not sharded."
+        )
+    return _up_to_head(model, head, batch)[0]
 
 # %% ../../nbs/library/models/head.ipynb #ba99e20e
 def linear_head(

@@ -38,7 +38,7 @@ def _without_weights(
         return add_lora(model, lora)
 
 # %% ../../nbs/library/models/memory.ipynb #29e5734a
-def _inner_matrices(model: torch.nn.Module) -> list[torch.nn.Module]:
+def _inner_matrices(model: "PreTrainedModel") -> list[torch.nn.Linear | Conv1D]:
     "The linear layers of a model, those of the head left out."
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]

@@ -6,6 +6,8 @@
 __all__ = ['BENCHMARK_FIGURES', 'phase_seconds', 'growth_line']
 
 # %% ../../nbs/library/paper/benchmark_figures.ipynb #26d12387
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -37,10 +39,10 @@ def _draw_phases(ax: Axes, seconds: pd.DataFrame) -> None:
     "A bar per way, made of its phases."
     left = np.zeros(len(seconds))
     for phase, (color, hatch) in _PHASES.items():
-        look = {"color": color, "hatch": hatch, "edgecolor": "white", "label": phase}
-        ax.barh(list(seconds.index), seconds[phase], left=left, **look)
+        look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "label": phase}
+        bars = ax.barh(list(seconds.index), seconds[phase], left=left, **look)
         left += seconds[phase].to_numpy()
-    ax.bar_label(ax.containers[-1], labels=[f"{total:.3g} s" for total in left], padding=4)
+    ax.bar_label(bars, labels=[f"{total:.3g} s" for total in left], padding=4)
     ax.margins(x=0.15)
     ax.invert_yaxis()
     ax.grid(False, axis="y")

@@ -9,6 +9,7 @@ __all__ = ['SHOWN_METHODS', 'same_words', 'plot_case_study']
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -70,7 +71,7 @@ def _write_words(
                 ground.set_facecolor("#cfe3f3")
                 ax.add_patch(ground)
             color = "black" if true is None or true[i] else "#777777"
-            font = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8.8}
+            font: dict[str, Any] = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8.8}
             ax.text(x, at, words[i], va="center", color=color, zorder=2, **font)
             x += len(words[i]) + 1
     return y + _STEP * (len(lines) - 1)

@@ -9,6 +9,7 @@ __all__ = ['plot_quickstart', 'plot_baselines', 'plot_audit']
 import itertools
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -34,7 +35,7 @@ def _draw_bars(
 ) -> None:
     "A group of bars per measure, a bar per label."
     width = 0.8 / len(states)
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
+    ground: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
     for k, (label, measures) in enumerate(states.items()):
         shift = (k - (len(states) - 1) / 2) * width
         places = [i + shift for i in range(len(keys))]
@@ -49,7 +50,7 @@ def _write_texts(ax: Axes, example: dict) -> None:
     ax.axis("off")
     lines = [("prompt", "black", example["prompt"] + " …"), ("true text", "black", "… " + example["truth"])]
     lines += [(label, COLORS[label], "… " + text) for label, text in example["said"].items()]
-    place = {"va": "center", "transform": ax.transAxes}
+    place: dict[str, Any] = {"va": "center", "transform": ax.transAxes}
     for k, (label, color, text) in enumerate(lines):
         y = 1 - (k + 0.5) / len(lines)
         ax.text(0, y, label, color=color, weight="bold", fontsize=9.5, **place)
@@ -71,7 +72,7 @@ def plot_quickstart(
     _draw_bars(left, example["states"], ["ma", "el10"], ["MA", "EL$_{10}$"])
     left.set(title="The forget set is forgotten", ylabel="mean over the forget set", ylim=(0, 1.1))
     for i, limit in enumerate(example["thresholds"].values()):
-        label = "threshold" if i == 0 else None
+        label = "threshold" if i == 0 else "_nolegend_"
         left.hlines(limit, i - 0.45, i + 0.45, color="black", ls=":", lw=1.5, label=label)
     names = ["neighbors", "held-out\nof the same kind", "general text"]
     _draw_bars(right, example["states"], ["neighbor_ppl", "heldout_ppl", "general_ppl"], names)
@@ -138,7 +139,7 @@ _AUDIT_PANELS = {  # title -> what it shows of an audit, in this order
     "Distance to retrained": ["KS gap"],
     "Chance of such a distance (log)": ["KS p-value"],
 }
-_AUDIT_AXES = {  # a panel's first metric: its axis, where it is not from 0 to 1
+_AUDIT_AXES: dict[str, dict[str, Any]] = {  # a panel's first metric: its axis, where it is not from 0 to 1
     "PrivLeak": {"xlim": (-110, 110)},
     "KS p-value": {"xscale": "log", "xlim": (1e-40, 3)},
 }
@@ -160,7 +161,11 @@ def plot_audit(
     for ax, (title, metrics) in zip(axes.flat, _AUDIT_PANELS.items(), strict=True):
         for k, name in enumerate(names):
             shift = 0.7 * ((k + 0.5) / len(names) - 0.5)
-            look = {"color": colors[name], "marker": _MARKERS[k % len(_MARKERS)], "label": name}
+            look: dict[str, Any] = {
+                "color": colors[name],
+                "marker": _MARKERS[k % len(_MARKERS)],
+                "label": name,
+            }
             _draw_model(ax, table[table.model == name], metrics, shift, look)
         if metrics[0] in _AUDIT_LINES:
             ax.axvline(_AUDIT_LINES[metrics[0]], color="black", linewidth=0.7)

@@ -9,6 +9,7 @@ __all__ = ['Panel', 'alt_text']
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -50,7 +51,7 @@ def _draw_mean(
     else:
         ax.plot([one.low, min(one.high, top)], [y, y], color=color, linewidth=1.6, zorder=2)
         face = color if one.reached else "white"
-        look = {"markersize": 6.5, "markeredgewidth": 1.3, "markerfacecolor": face}
+        look: dict[str, Any] = {"markersize": 6.5, "markeredgewidth": 1.3, "markerfacecolor": face}
         ax.plot(one.mean, y, marker, color=color, zorder=3, **look)
 
 # %% ../../nbs/library/paper/drawing.ipynb #59045913
@@ -67,7 +68,7 @@ def _round_values(low: float, high: float) -> list[float]:
     return [value for value in values if low <= value <= high]
 
 
-def _tick_label(value: float, _position: int) -> str:
+def _tick_label(value: float, _position: float) -> str:
     return f"{value:g}"
 
 
@@ -140,7 +141,7 @@ class Panel:
         self.ax.plot(found[x], found["mean"], marker=marker, color=color, label=label)
         self.ax.vlines(found[x], found.low, found.high, color=color, linewidth=1.4)
         few = found[~found.reached]
-        look = {"markerfacecolor": "white", "markeredgewidth": 1.4}
+        look: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
         self.ax.plot(few[x], few["mean"], marker, color=color, zorder=3, **look)
 
     def name_style(
@@ -194,8 +195,8 @@ class Panel:
         title = title[:1].upper() + title[1:]
         together = title.replace(" = ", "\u00a0=\u00a0").replace("× ", "×\u00a0")
         self.ax.set_title(textwrap.fill(together, self._title_width(), break_on_hyphens=False))
-        self.ax.xaxis.label.set_size(10.5)
-        self.ax.yaxis.label.set_size(10.5)
+        self.ax.xaxis.label.set_fontsize(10.5)
+        self.ax.yaxis.label.set_fontsize(10.5)
         self.ax.set_label(f"{title}. {alt}")
         return self.ax
 
@@ -204,7 +205,7 @@ class Panel:
         place = self.ax.get_subplotspec()
         panels = place.get_gridspec().ncols if place else 1
         longest = max((len(tick.get_text()) for tick in self.ax.get_yticklabels()), default=0)
-        inches = self.ax.figure.get_figwidth() - 0.09 * longest - 0.3
+        inches = cast(Figure, self.ax.figure).get_figwidth() - 0.09 * longest - 0.3
         return max(24, int(9.5 * inches / panels))
 
 # %% ../../nbs/library/paper/drawing.ipynb #a5ae6772
@@ -212,5 +213,5 @@ def alt_text(
     fig: Figure,  # with panels that were finished
 ) -> str:
     "Alternative text of a whole figure, from what its panels say."
-    labels = [ax.get_label() for ax in fig.axes]
+    labels = [str(ax.get_label()) for ax in fig.axes]
     return " ".join(label for label in labels if label and not label.startswith("<"))

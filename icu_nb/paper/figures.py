@@ -9,11 +9,12 @@ __all__ = ['ATTACK_NAMES', 'FIGURES', 'fronts']
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, to_rgb
+from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
 from ..errors import require
@@ -103,7 +104,7 @@ def _plot_methods(
     panel.draw_dots(found, range(len(found)), _styles_of(found), multiplies(column))
     if "retrained" in set(order):
         level = found.set_index("label")["mean"]["retrained"]
-        look = {"linewidth": 1, "linestyle": "--", "zorder": 1}
+        look: dict[str, Any] = {"linewidth": 1, "linestyle": "--", "zorder": 1}
         panel.ax.axvline(level, color=COLORS["retrained"], **look)
     panel.ax.set_xlabel(_axis_name(column))
     title = _text_name(column) + _count_clear(rows, found, column)
@@ -232,7 +233,7 @@ def _draw_heat_map(ax: Axes, grid: pd.DataFrame, means: pd.DataFrame) -> None:
         text = f"{one.mean:.3g}" + ("" if math.isnan(factor) else f"\n×/ {factor:.2f}")
         if not one.reached:
             text = f"({text})"
-        brightness = np.dot(to_rgb(image.cmap(image.norm(one.mean))), (0.299, 0.587, 0.114))
+        brightness = np.dot(image.cmap(np.asarray(image.norm(one.mean)))[:3], (0.299, 0.587, 0.114))
         ink = "white" if brightness < 0.5 else "black"
         ax.text(x, y, text, ha="center", va="center", fontsize=8.5, color=ink)
 
@@ -250,8 +251,9 @@ def _plot_rates(
     panel = Panel(ax, (5, 4.1))
     ax = panel.ax
     for column in columns:
-        name, *style = _PERPLEXITIES[column]
-        panel.draw_curve(found[found.column == column], "learning_rate", style, name)
+        name, color, marker = _PERPLEXITIES[column]
+        one = found[found.column == column]
+        panel.draw_curve(one, "learning_rate", (color, marker), name)
     ax.set(xscale="log", yscale="log", xlabel="learning rate, log scale", ylabel="perplexity, log scale")
     rates = found.learning_rate.unique()
     ax.set_xlim(rates.min() / 1.5, rates.max() * 1.5)
@@ -315,7 +317,13 @@ def _plot_deciders(
     panel = Panel.with_rows(ax, shares.index, legend=True)
     left = np.zeros(len(shares))
     for column, (name, color, hatch) in _DECIDERS.items():
-        look = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0, "label": name}
+        look: dict[str, Any] = {
+            "color": color,
+            "hatch": hatch,
+            "edgecolor": "white",
+            "linewidth": 0,
+            "label": name,
+        }
         panel.ax.barh(range(len(shares)), shares[column], left=left, **look)
         left = left + shares[column].fillna(0).to_numpy()
     panel.ax.set(xlim=(0, 1), xlabel="share of all looks at a text")
@@ -369,7 +377,7 @@ def _plot_tradeoff(
     "Pareto fronts over epochs; the dotted line is the MA of the retrained model."
     check_rows(rows, [column, "ma"], ["profile", "data", "model"])
     levels = np.round(np.linspace(1, 0, 101), 2)
-    found = fronts(history, column, levels).dropna(subset="mean")
+    found = fronts(history, column, levels.tolist()).dropna(subset="mean")
     panel = Panel(ax, (5, 4.8))
     ax = panel.ax
     for k, (label, front) in enumerate(found.groupby("label", sort=False)):
@@ -409,7 +417,11 @@ def _draw_front(ax: Axes, label: str, front: pd.DataFrame, k: int) -> None:
     "A staircase; the markers of each method stand elsewhere, so that intervals do not cover one another."
     color, marker = _STYLES[label]
     ours = label == "ICU"
-    look = {"linewidth": 2.4 if ours else 1.5, "drawstyle": "steps-post", "zorder": 4 if ours else 3}
+    look: dict[str, Any] = {
+        "linewidth": 2.4 if ours else 1.5,
+        "drawstyle": "steps-post",
+        "zorder": 4 if ours else 3,
+    }
     ax.plot(front.level, front["mean"], color=color, **look)
     some = front[(front.level * 100).round() % 10 == k % 10]
     ax.vlines(some.level, some.low, some.high, color=color, linewidth=0.9, zorder=5)
@@ -431,7 +443,7 @@ def _draw_reference(ax: Axes, one) -> None:
     "A dot and its interval."
     color, marker = _STYLES[one.label]
     ax.vlines(one.ma, one.low, one.high, color=color, linewidth=1.4, zorder=6)
-    look = {"markersize": 8, "markeredgecolor": "black", "zorder": 6}
+    look: dict[str, Any] = {"markersize": 8, "markeredgecolor": "black", "zorder": 6}
     ax.plot(one.ma, one.mean, marker, color=color, label=one.label, **look)
 
 # %% ../../nbs/library/paper/figures.ipynb #70762969
@@ -449,7 +461,7 @@ def _plot_distance(
         f"{text} texts: of {len(tests)} methods {sum(clear < 0)} end clearly nearer to retrained "
         f"than the original is, {sum(clear > 0)} farther"
     )
-    return Panel(ax).finish(title, ax.get_label().split(". ", 1)[1])
+    return Panel(ax).finish(title, str(ax.get_label()).split(". ", 1)[1])
 
 # %% ../../nbs/library/paper/figures.ipynb #d0188e9e
 def _plot_requests(
@@ -465,7 +477,7 @@ def _plot_requests(
     growth = [_draw_requests(panel, name, group) for name, group in found.groupby("method", sort=False)]
     original = rows[rows.label == "original"]
     if column.startswith("ppl") and len(original):
-        look = {"linestyle": "--", "linewidth": 1.4, "zorder": 1}
+        look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4, "zorder": 1}
         panel.ax.axhline(interval(original[column], True)[0], color=COLORS["original"], **look)
     counts = sorted(found.requests.unique())
     panel.ax.set(xscale="log", xlabel="requests, log scale", ylabel=_axis_name(column))
@@ -489,7 +501,7 @@ def _draw_requests(panel: Panel, name: str, group: pd.DataFrame) -> str:
     method = METHODS[name]
     once, several = group[group.batches == 1], group[group.batches > 1]
     panel.draw_curve(once, "requests", method.style, method.label)
-    star = {"markersize": 10, "markerfacecolor": "white"}
+    star: dict[str, Any] = {"markersize": 10, "markerfacecolor": "white"}
     for many, batches in several.groupby("batches"):
         x = batches.requests * 1.12
         label = f"{method.label}, {many:g} batches"

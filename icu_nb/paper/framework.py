@@ -7,6 +7,7 @@ __all__ = ['BOXES', 'ARROWS', 'plot_framework']
 
 # %% ../../nbs/library/paper/framework.ipynb #54066b83
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ BOXES = [  # x, y of the lower left corner, stage, what it is, which function or
 _STAGES = {"KUI": COLORS["forget"], "CLE": COLORS["ICU"], "IUR": COLORS["retrained"], "": "#777777"}
 _WIDTH = 22  # of a box
 _HEIGHT = 9
-ARROWS = [  # points of each; the tip is the last
+ARROWS: list[list[tuple[float, float]]] = [  # points of each; the tip is the last
     [(22, 40.5), (54, 40.5)],
     [(22, 36.5), (38, 36.5), (38, 26)],
     [(22, 21.5), (27, 21.5)],
@@ -66,7 +67,7 @@ _ALT = (
 # %% ../../nbs/library/paper/framework.ipynb #d9abff98
 def _draw_box(ax: Axes, x: float, y: float, stage: str, title: str, code: str) -> None:
     "A box, what it is, and which function does it."
-    style = {
+    style: dict[str, Any] = {
         "boxstyle": "round,pad=0,rounding_size=1.2",
         "facecolor": "white",
         "edgecolor": _STAGES[stage],
@@ -74,19 +75,19 @@ def _draw_box(ax: Axes, x: float, y: float, stage: str, title: str, code: str) -
     }
     ax.add_patch(FancyBboxPatch((x, y), _WIDTH, _HEIGHT, zorder=2, **style))
     name = f"$\\bf{{{stage}}}$  {title}" if stage else title
-    middle = {"ha": "center", "va": "center", "zorder": 3}
+    middle: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3}
     ax.text(x + _WIDTH / 2, y + 6.1, name, fontsize=10, **middle)
-    mono = {"fontsize": 8.5, "fontfamily": "DejaVu Sans Mono", "color": "#444444"}
+    mono: dict[str, Any] = {"fontsize": 8.5, "fontfamily": "DejaVu Sans Mono", "color": "#444444"}
     ax.text(x + _WIDTH / 2, y + 2.5, code, **middle, **mono)
 
 
 def _draw_arrow(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
     "A line through all points, with a tip at the last."
-    look = {"color": "#333333", "linewidth": 1.3}
+    look: dict[str, Any] = {"color": "#333333", "linewidth": 1.3}
     if len(points) > 2:
         xs, ys = zip(*points[:-1], strict=True)
         ax.plot(xs, ys, solid_joinstyle="round", zorder=1, **look)
-    tip = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **look}
+    tip: dict[str, Any] = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **look}
     ax.annotate("", points[-1], points[-2], arrowprops=tip, zorder=1)
 
 

@@ -33,7 +33,7 @@ def _with_labels(*methods: str, **changes) -> tuple:
 
 
 # all methods that train by an objective, each with one setting
-_TRAINED = tuple(name for name, method in METHODS.items() if method.objective and not method.variant_of)
+_TRAINED = tuple(name for name, method in METHODS.items() if method.objective_path and not method.variant_of)
 
 # %% ../../nbs/library/paper/grids.ipynb #d405e642
 _MAIN_TABLE = (

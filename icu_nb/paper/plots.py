@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -75,7 +76,7 @@ def _draw_panels(name: str, tables: list[pd.DataFrame]) -> Figure:
     "All panels of a figure, side by side."
     recipe = FIGURES[name]
     if len(recipe.panels) == 1:
-        return recipe.draw(*tables, **recipe.panels[0]).figure
+        return cast(Figure, recipe.draw(*tables, **recipe.panels[0]).figure)
     fig, axes = plt.subplots(1, len(recipe.panels), figsize=recipe.size, sharey=recipe.sharey)
     for ax, panel in zip(axes, recipe.panels, strict=True):
         recipe.draw(*tables, **panel, ax=ax)

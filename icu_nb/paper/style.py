@@ -7,7 +7,7 @@ __all__ = ['COLORS', 'set_figure_style', 'save_figure', 'LiveCurve']
 
 # %% ../../nbs/library/paper/style.ipynb #679c9e6f
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -29,7 +29,9 @@ COLORS = {method.label: method.color for method in METHODS.values()} | _TEXT_COL
 
 # %% ../../nbs/library/paper/style.ipynb #b006acca
 _CYCLE = ["original", "ICU", "gradient ascent", "retrained", *_TEXT_COLORS]  # colors of unnamed lines
-_THEME = {  # seaborn's whitegrid for notebooks, written out: importing seaborn takes longer than a figure
+_THEME: dict[
+    Any, Any
+] = {  # seaborn's whitegrid for notebooks, written out: importing seaborn takes longer than a figure
     "axes.axisbelow": True,
     "axes.edgecolor": ".8",
     "axes.grid": True,
@@ -46,7 +48,7 @@ _THEME = {  # seaborn's whitegrid for notebooks, written out: importing seaborn 
     "patch.force_edgecolor": True,
     "text.color": ".15",
 }
-_TICKS = {
+_TICKS: dict[str, Any] = {
     "color": ".15",
     "labelsize": 11,
     "major.size": 6,
@@ -54,7 +56,7 @@ _TICKS = {
     "minor.size": 4,
     "minor.width": 1,
 }
-_OURS = {
+_OURS: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
@@ -72,9 +74,8 @@ _OURS = {
 def set_figure_style() -> None:
     "The one style of all figures: readable at column width, in grey too."
     plt.rcParams.update(_THEME)
-    for axis in ("xtick", "ytick"):
-        plt.rcParams.update({f"{axis}.{name}": value for name, value in _TICKS.items()})
-    plt.rcParams.update({"xtick.bottom": False, "ytick.left": False})
+    plt.rc("xtick", bottom=False, **_TICKS)
+    plt.rc("ytick", left=False, **_TICKS)
     plt.rcParams["axes.prop_cycle"] = cycler("color", [COLORS[name] for name in _CYCLE])
     plt.rcParams.update(_OURS)
 
@@ -127,6 +128,6 @@ class LiveCurve:
         fig, ax = plt.subplots(figsize=(6, 2.6))
         ax.plot(self.epochs, self.losses, marker="o", markersize=3)
         ax.set(title=self.title, xlabel="epoch", ylabel="mean loss (nats per token)", ylim=(0, None))
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
         plt.close(fig)
         return fig

@@ -11,6 +11,7 @@ import html
 import io
 import json
 import re
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,7 +30,7 @@ def _luminance(color: str) -> float:
     "WCAG's relative luminance, from 0 (black) to 1 (white)."
     rgb = np.array(to_rgb(color))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return linear @ (0.2126, 0.7152, 0.0722)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
 
 
 def _contrast(
@@ -99,7 +100,7 @@ def _draw_tokens(
     look: dict,  # probability and greedy of all but the first
 ) -> None:
     "Write a text, every token on its ground."
-    font = {"family": "DejaVu Sans Mono", "fontsize": 8, "va": "center", "parse_math": False}
+    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8, "va": "center", "parse_math": False}
     for row, line in enumerate(_lines_of(tokens)):
         x = 0
         at = y + _STEP * row
