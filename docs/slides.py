@@ -32,10 +32,17 @@ SESSIONS = {
         "learn/03_measuring_memory",
     ],
     "The loss": ["learn/04_kui", "learn/05_cle", "library/objective"],
-    "The loop and its rivals": ["learn/06_iur", "learn/07_the_loop", "learn/08_other_methods", "paper/19_baselines"],
+    "The loop and its rivals": [
+        "learn/06_iur",
+        "learn/07_the_loop",
+        "learn/08_other_methods",
+        "paper/19_baselines",
+    ],
     "Is it gone?": [
         "paper/33_what_a_model_can_still_do",
         "learn/09_what_remains",
+        "paper/32_what_an_attack_measures",
+        "paper/31_audit",
     ],
 }
 # What fits: characters in a line of code, lines of code, lines with their output, words of prose.

@@ -42,10 +42,13 @@ def require_number(
 ) -> None:
     "Raise `InputError` unless `value` is a number from `low` to `high`; NaN never is."
     allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    inside = False
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        inside = low <= value <= high and value != math.inf
-    require(inside, name, f"{value!r} is out of range", f"Give a number {allowed}")
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    require(
+        is_number and low <= value <= high and value != math.inf,
+        name,
+        f"{value!r} is out of range",
+        f"Give a number {allowed}",
+    )
 
 # %% ../nbs/library/errors.ipynb #bee438ea
 class NonFinite(ArithmeticError):

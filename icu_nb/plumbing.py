@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'best_device', 'mixed_precision', 'require_package', 'atomic_path', 'write_json', 'cache_dir',
-           'library_versions', 'provenance', 'peak_memory']
+           'provenance', 'peak_memory']
 
 # %% ../nbs/library/plumbing.ipynb #395b02ab
 import importlib.metadata
@@ -115,7 +115,7 @@ _LIBRARIES = [
 ]
 
 
-def library_versions() -> dict[str, str]:
+def _library_versions() -> dict[str, str]:
     "Versions of Python, of this package and of the libraries that its numbers depend on."
     versions = {}
     for name in ["icu_nb", *_LIBRARIES]:
@@ -170,7 +170,7 @@ def provenance() -> dict[str, Any]:
         "device": str(best_device()),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
-        "versions": library_versions(),
+        "versions": _library_versions(),
     }
 
 # %% ../nbs/library/plumbing.ipynb #00a00302

@@ -139,7 +139,7 @@ class Run:
         self.task = task
         self.config = config
         self.thresholds = thresholds
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # needed by checks
         self.refinement = refinement
         self.scorer = scorer
         self.source = source_of(model)
@@ -221,7 +221,6 @@ class Run:
         plugs: dict[str, str],  # names of objective, refinement and encoder
     ) -> UnlearnResult:
         "What came of the run."
-        assert self.tokenizer is not None
         history, samples = progress.log.tables()
         weights = None
         if self.accelerator.distributed_type == DistributedType.FSDP:  # all processes are here

@@ -198,7 +198,7 @@ def real_tokens(
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     context: float = float("inf"),  # the longest sequence allowed
 ) -> Sequences:
-    "The same sequences, padded on the right whatever side they were padded on; what cannot be scored is refused."
+    "The same sequences, padded on the right whatever side they were padded on."
     require(
         input_ids.ndim == 2 and len(input_ids) > 0,
         "input_ids",

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from .errors import InputError
 from .language_model import context_length
-from .plumbing import best_device
+from .plumbing import best_device, require_package
 
 # %% ../nbs/library/text_scores.ipynb #9a8b8c44
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it recommends another variant than this one
@@ -40,6 +40,7 @@ class BERTScorer:
         self,
         encoder: str,  # name or folder of a Hugging Face encoder, for example bert-base-uncased
     ):
+        require_package("torchmetrics", "evals")
         from torchmetrics.text.bert import BERTScore
 
         try:

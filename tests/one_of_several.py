@@ -1,4 +1,7 @@
-"""One process of a run that several share; the first one writes what came of it. test_processes.py forks it, and starts it through launchers too."""
+"""One process of a run that several share; the first one writes what came of it.
+
+test_processes.py forks it, and starts it through launchers too.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""A run that is killed, at whatever moment, goes on as if nothing had happened; what cannot be resumed is refused, and nothing good is lost."""
+"""A run that is killed, at whatever moment, goes on as if nothing had happened.
+
+What cannot be resumed is refused, and nothing good is lost.
+"""
 
 import json
 import multiprocessing
@@ -146,7 +149,10 @@ def test_resumes_from_a_path(tiny, tmp_path, undisturbed):
 
 def test_who_is_active_survives_epochs_without_a_check(tiny, tmp_path):
     """With a check every other epoch, the third epoch trains whom the second one chose."""
-    few = lambda scores, thresholds: scores["ma"].rank(ascending=False, method="first") <= 3
+
+    def few(scores, thresholds):
+        return scores["ma"].rank(ascending=False, method="first") <= 3
+
     whole = run(tiny, check_every=2, refinement=few)
     run(tiny, tmp_path, check_every=2, refinement=few)
     shutil.rmtree(tmp_path / "epoch-00005")
@@ -278,7 +284,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(tiny, folder, undisturbed, damage):
     DAMAGES[damage](folder / "epoch-00005")
-    with pytest.raises(CheckpointError, match="epoch-00005 .*Delete it to resume from epoch-00004"):
+    with pytest.raises(CheckpointError, match=r"epoch-00005 .*Delete it to resume from epoch-00004"):
         run(tiny, folder, resume_from_checkpoint=True)
     shutil.rmtree(folder / "epoch-00005")
     assert_same_run(run(tiny, folder, resume_from_checkpoint=True), undisturbed)
@@ -333,7 +339,7 @@ def test_a_full_disk_leaves_the_good_checkpoint(tiny, tmp_path, undisturbed):
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(CheckpointError, match="epoch 3 cannot be written.*epoch-00002 is still good"),
+        pytest.raises(CheckpointError, match=r"epoch 3 cannot be written.*epoch-00002 is still good"),
     ):
         patch.setattr(Checkpoints, "save", save)
         try:

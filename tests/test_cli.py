@@ -597,7 +597,10 @@ def test_a_mount_point(call, tmp_path, monkeypatch, overwrite):
     "heldout, words", [("fits", "--forget: texts"), ("long", "--heldout: texts")], ids=["forget", "heldout"]
 )
 def test_longer_than_the_context_is_said_first(call, tmp_path, tiny, monkeypatch, heldout, words):
-    short = lambda texts: tiny.tokenizer.batch_decode(tokenize(texts, tiny.tokenizer, 56).tokens())
+
+    def short(texts):
+        return tiny.tokenizer.batch_decode(tokenize(texts, tiny.tokenizer, 56).tokens())
+
     lines(tmp_path / "forget.jsonl", tiny.forget if heldout == "fits" else short(tiny.forget))
     lines(tmp_path / "heldout.jsonl", tiny.heldout if heldout == "long" else short(tiny.heldout))
     for name in ("icu_nb.iur.memorization_scores", "icu_nb.sampled_pool.sample_pool"):
@@ -854,7 +857,7 @@ def test_a_model_that_says_nothing_else(tiny, monkeypatch):
         lambda model, starts, length, generator: tiny.sequences.input_ids[:2],
     )
     assert len(sample_pool(tiny.model, tiny.tokenizer, 2, max_length=48)) == 2
-    with pytest.raises(InputError, match="`forget`.*only 1 are new"):
+    with pytest.raises(InputError, match=r"`forget`.*only 1 are new"):
         sample_pool(
             tiny.model, tiny.tokenizer, 2, [tiny.tokenizer.decode(tiny.sequences.input_ids[0])], max_length=48
         )
@@ -888,5 +891,5 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny, monkeypatch):
 
 
 def test_longer_than_the_context(tiny):
-    with pytest.raises(InputError, match="`max_length`.*context of 64"):
+    with pytest.raises(InputError, match=r"`max_length`.*context of 64"):
         sample_pool(tiny.model, tiny.tokenizer, 3, max_length=65)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from icu_nb.data.corpus import split
-from icu_nb.data.files import PUBLIC_FILES, _download, data_file
+from icu_nb.data.files import _PUBLIC_FILES, _download, data_file
 from icu_nb.data.general import documentation_paragraphs
 from icu_nb.data.people import TEMPLATES, people, people_corpus
 from icu_nb.data.pile import gpt2_tokenizer, pile_corpus, pile_extraction
@@ -395,10 +395,10 @@ def test_a_folder_without_the_file(cache):
 
 
 def test_local_files_are_the_published_ones(shared_data):
-    here = [name for name in PUBLIC_FILES if (shared_data / name).exists()]
+    here = [name for name in _PUBLIC_FILES if (shared_data / name).exists()]
     assert len(here) >= 2 * len(RUNS) + 4
     for name in here:
-        assert hashlib.sha256((shared_data / name).read_bytes()).hexdigest() == PUBLIC_FILES[name][1], name
+        assert hashlib.sha256((shared_data / name).read_bytes()).hexdigest() == _PUBLIC_FILES[name][1], name
 
 
 @pytest.mark.parametrize("run", RUNS)

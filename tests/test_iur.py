@@ -38,7 +38,7 @@ NAN = math.nan
 
 
 def scores(bleu, bert_f1=NAN, ma=0.0, el=0.0):
-    """A frame like `check`'s, with the columns that decide."""
+    """A frame like that of `score_forget_set`, with the columns that decide."""
     return pd.DataFrame({"bleu": bleu, "bert_f1": bert_f1, "ma": ma, "el": el})
 
 

@@ -220,7 +220,7 @@ def test_pieces_add_up_to_the_step_exactly(name):
 
 @methods
 def test_the_original_is_asked_only_about_what_was_announced(name):
-    """With nothing kept but what `remembers` names, as in a run."""
+    """With nothing kept but what `needs_reference` names, as in a run."""
     model, work = build("gpt2"), task()
     objective = get_method(name).make(**SETTINGS.get(name, {}))
     parts = {"forget": work.forget, "neighbor": work.neighbors, "alternative": work.alternatives}

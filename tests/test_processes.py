@@ -1,4 +1,4 @@
-"""Two processes that share a run do what one does: each active sequence once, one loss, one decision, one writer."""
+"""Two processes that share a run do what one does: each active sequence once, one loss, one writer."""
 
 import json
 import multiprocessing
@@ -66,7 +66,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def start(folder, tmp_path_factory):
-    """Do a job in one process or two; returns what each of them saw. Forked, because a fresh start would import for ten seconds."""
+    """Do a job in one process or two, forked (imports take seconds); returns what each of them saw."""
 
     def call(world, config=(), **job):
         out, port = tmp_path_factory.mktemp("out"), free_port()

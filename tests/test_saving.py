@@ -1,4 +1,4 @@
-"""What a run leaves for others: a folder that plain transformers loads and that tells no text; rows for a tracker."""
+"""What a run leaves: a folder that plain transformers loads and that tells no text; rows for a tracker."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def logits(model, tiny):
 
 
 def words(folder):
-    """All that can be read in a folder; the tokenizer's own files learned from the texts before anybody unlearned."""
+    """All that can be read in a folder; the tokenizer's own files learned from the texts before."""
     return "\n".join(
         path.read_text()
         for path in folder.iterdir()

@@ -64,8 +64,8 @@ class Spy(Objective):
 
     needs_reference = ("neighbor",)
 
-    def __init__(self, inner=ICU(), before=lambda model, call: None, change=lambda terms, call: terms):
-        self.inner, self.before, self.change, self.batches = inner, before, change, []
+    def __init__(self, inner=None, before=lambda model, call: None, change=lambda terms, call: terms):
+        self.inner, self.before, self.change, self.batches = inner or ICU(), before, change, []
 
     def __call__(self, model, batch, reference):
         self.batches.append(batch)
@@ -250,7 +250,7 @@ def test_interrupted_in_the_first_check(tiny, monkeypatch):
 
 
 def poisoned(number, *, loss=None, gradient=False):
-    """An objective whose loss, or gradient, goes bad at one call; it keeps the weights that the model had then."""
+    """An objective whose loss, or gradient, goes bad at one call; it keeps the weights of then."""
     seen = {}
 
     def before(model, call):
@@ -457,7 +457,7 @@ def test_without_thresholds_one_warning_says_which_are_used(tiny):
 
 
 def test_both_are_an_error(tiny):
-    with pytest.raises(InputError, match="`heldout`.*`thresholds`"):
+    with pytest.raises(InputError, match=r"`heldout`.*`thresholds`"):
         unlearn(
             tiny.copy(),
             tiny.tokenizer,

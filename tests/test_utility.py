@@ -14,11 +14,11 @@ import torch
 from faker import Faker
 
 from icu_nb.data.corpus import Corpus
-from icu_nb.data.files import PUBLIC_FILES
+from icu_nb.data.files import _PUBLIC_FILES
 from icu_nb.data.general import DIALOGUES, dialogue_turns
 from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
-from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, dialogue_scores, unigram_f1
+from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, dialogue_scores, _unigram_f1
 from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
 from icu_nb.evals.tasks import FILE_TASKS, HARNESS_TASKS, _write_task, evaluate_tasks
 from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility
@@ -332,7 +332,7 @@ def test_bad_input(tiny, no_network, call, argument, known):
     ],
 )
 def test_unigram_f1(reply, truth, f1):
-    assert unigram_f1(reply, truth) == pytest.approx(f1) == unigram_f1(truth, reply)
+    assert _unigram_f1(reply, truth) == pytest.approx(f1) == _unigram_f1(truth, reply)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_replies_in_a_batch_are_those_given_alone(tiny):
             with torch.no_grad():
                 said.append(tiny.model(torch.tensor([tokens + said])).logits[0, -1].argmax().item())
         assert row.reply == _reply_text(said, tiny.tokenizer) and row.truth == _clean_turn(turns[-1])
-        assert row.f1 == unigram_f1(row.reply, row.truth)
+        assert row.f1 == _unigram_f1(row.reply, row.truth)
 
 
 def test_the_loss_counts_every_token_of_every_reply(tiny):
@@ -573,8 +573,8 @@ def test_every_part_of_the_paper_is_public():
         "completion/lambada.csv",
         "completion/pubmed_qa.csv",
     ]
-    assert {*wanted} <= {*PUBLIC_FILES}
-    assert PUBLIC_FILES["completion/lambada.csv"][0].endswith("/datasets/lambada.csv") and PUBLIC_FILES[
+    assert {*wanted} <= {*_PUBLIC_FILES}
+    assert _PUBLIC_FILES["completion/lambada.csv"][0].endswith("/datasets/lambada.csv") and _PUBLIC_FILES[
         "perplexity/pile.csv"
     ][0].endswith("/datasets/validation_data/pile.csv")
 

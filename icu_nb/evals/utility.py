@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ..data.corpus import Corpus
-from ..data.files import data_file
-from ..data.general import DIALOGUES, dialogue_turns
+from ..data.general import DIALOGUES, dialogue_turns, validation_texts
 from ..data.people import people_corpus
 from ..errors import DownloadError, InputError, first_line, require
 from .dialogue import dialogue_scores
@@ -25,7 +24,6 @@ from .people_questions import people_tasks
 from .tasks import evaluate_tasks
 from ..language_model import context_length
 from ..metrics import perplexity
-from ..text import read_table
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,14 +62,6 @@ def _tiny_suite(
     return _Suite(texts, people_tasks(corpus), {}, ["people_retain"], max_length=96)
 
 
-def _validation_texts(
-    name: str,  # "wikitext" or "pile"
-    data_dir: str | Path | None = None,  # see `data_folder`
-) -> list[str]:
-    "The paper's validation texts for perplexity."
-    return list(read_table(data_file(f"perplexity/{name}.csv", data_dir))["text"])
-
-
 def _paper_suite(
     missing: dict[str, str],  # gets the reasons why something cannot be had
     data_dir: str | Path | None,  # see `data_folder`
@@ -85,7 +75,7 @@ def _paper_suite(
             missing[column] = first_line(error)
             return None
 
-    texts = {name: read_or_note(f"ppl_{name}", _validation_texts, name) for name in ("wikitext", "pile")}
+    texts = {name: read_or_note(f"ppl_{name}", validation_texts, name) for name in ("wikitext", "pile")}
     dialogues = {name: read_or_note(f"f1_{name}", dialogue_turns, name) for name in DIALOGUES}
     return _Suite(texts, _PAPER_TASKS, dialogues, _PAPER_TASKS, max_length=512)
 

@@ -34,7 +34,7 @@ from icu_nb.plumbing import (
     atomic_path,
     best_device,
     cache_dir,
-    library_versions,
+    provenance,
     seed_everything,
     write_json,
 )
@@ -162,7 +162,7 @@ def recipe_key(
     **recipe: object,  # everything else that the result depends on
 ) -> str:
     "A hash of all that a trained model depends on: recipe, initial weights and library versions."
-    ingredients = [recipe, model.config.to_dict(), library_versions(), weights_digest(model)]
+    ingredients = [recipe, model.config.to_dict(), provenance()["versions"], weights_digest(model)]
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../../nbs/library/models/tiny.ipynb #2fb22990
