@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from icu_nb.course import exercises
-from icu_nb.course.exercises import EXERCISES, _call_answer, _outline, _student_notebook
+from icu_nb.course.exercises import _EXERCISES, _call_answer, _outline, _student_notebook
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))
 
-each_exercise = pytest.mark.parametrize("name", EXERCISES)
+each_exercise = pytest.mark.parametrize("name", _EXERCISES)
 
 
 def cells(path, kind=None):
@@ -377,7 +377,7 @@ def test_a_wrong_answer_hears_why(name, answer, said):
 
 
 def test_every_exercise_has_a_wrong_answer():
-    assert WRONG.keys() == EXERCISES.keys()
+    assert WRONG.keys() == _EXERCISES.keys()
 
 
 # ---- bad input ----
@@ -529,7 +529,7 @@ def section(notebook):
 @each_exercise
 def test_course_and_notebook_describe_the_exercise(name):
     """Stars, minutes and aim are entered once, at the checker."""
-    exercise = EXERCISES[name]
+    exercise = _EXERCISES[name]
     (path,) = (p for p in SOLUTIONS if name in checked(p))
     assert any(f"\n{exercise}\n" in c["source"] for c in cells(path, "markdown"))
     assert {"solution"} <= set(checked(path)[name][0]["metadata"]["tags"])
@@ -541,7 +541,7 @@ def test_course_and_notebook_describe_the_exercise(name):
 
 def test_each_chapter_has_exercises():
     """01 is the map; from 02 on each has three or more that check themselves, in the chapters' order."""
-    chapters = list(dict.fromkeys(exercise.notebook for exercise in EXERCISES.values()))
+    chapters = list(dict.fromkeys(exercise.notebook for exercise in _EXERCISES.values()))
     assert [name[:2] for name in chapters] == [f"{i:02}" for i in range(2, 10)]
     for chapter in chapters:
         numbers = [int(n) for n in re.findall(r"^(\d+)\. ", section(chapter), re.M)]

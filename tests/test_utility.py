@@ -18,7 +18,7 @@ from icu_nb.data.files import _PUBLIC_FILES
 from icu_nb.data.general import DIALOGUES, dialogue_turns
 from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
-from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, dialogue_scores, unigram_f1
+from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, _unigram_f1, dialogue_scores
 from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
 from icu_nb.evals.tasks import FILE_TASKS, HARNESS_TASKS, _write_task, evaluate_tasks
 from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility
@@ -332,7 +332,7 @@ def test_bad_input(tiny, no_network, call, argument, known):
     ],
 )
 def test_unigram_f1(reply, truth, f1):
-    assert unigram_f1(reply, truth) == pytest.approx(f1) == unigram_f1(truth, reply)
+    assert _unigram_f1(reply, truth) == pytest.approx(f1) == _unigram_f1(truth, reply)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_replies_in_a_batch_are_those_given_alone(tiny):
             with torch.no_grad():
                 said.append(tiny.model(torch.tensor([tokens + said])).logits[0, -1].argmax().item())
         assert row.reply == _reply_text(said, tiny.tokenizer) and row.truth == _clean_turn(turns[-1])
-        assert row.f1 == unigram_f1(row.reply, row.truth)
+        assert row.f1 == _unigram_f1(row.reply, row.truth)
 
 
 def test_the_loss_counts_every_token_of_every_reply(tiny):

@@ -167,7 +167,7 @@ def read_baselines(
     "The stored rows."
     if not path.exists():
         return pd.DataFrame(columns=["method", "seed", "settings"])
-    rows = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    rows = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"settings": str})
     return rows.assign(settings=rows.settings.fillna(""))
 
 
