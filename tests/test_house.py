@@ -100,7 +100,6 @@ def test_core_loads_no_plots_no_people_and_no_benchmarks():
 # ---- names and lines ----
 
 
-@not_yet
 def test_few_names_are_public():
     names = {path.relative_to(ROOT).as_posix(): public_names(path) for path in MODULES}
     assert len(names["icu_nb/__init__.py"]) <= 40
