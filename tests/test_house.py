@@ -20,7 +20,6 @@ each_module = pytest.mark.parametrize(
     "path", MODULES, ids=lambda path: path.relative_to(ROOT / "icu_nb").as_posix()
 )
 WIDTH = 110
-not_yet = pytest.mark.xfail(reason="rooms are still being moved into", strict=False)
 
 
 @cache
@@ -107,7 +106,6 @@ def test_few_names_are_public():
     assert sum(modules.values()) <= 300, modules
 
 
-@not_yet
 def test_no_line_of_code_is_long():
     long = []
     for path in NOTEBOOKS:

@@ -15,9 +15,9 @@ from icu_nb.errors import InputError
 from icu_nb.evals.judge import (
     _INSTRUCTIONS,
     Endpoint,
-    _JudgeError,
     LocalJudge,
     _judge_message,
+    _JudgeError,
     _parse_score,
     judge_continuations,
 )
