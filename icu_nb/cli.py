@@ -83,7 +83,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         _tell(f"error: {message}")
         self.exit(2)
-        raise AssertionError("`exit` does not return")
 
 # %% ../nbs/library/cli.ipynb #1211e45e
 _FILES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -190,7 +190,7 @@ class Run:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if "_original_forward" in vars(model):  # what accelerate leaves behind; the class has its own
             for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                vars(model).pop(name, None)
+                model.__dict__.pop(name, None)
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -30,7 +30,7 @@ import icu_nb.run
 from icu_nb.batch import Batch, Part, Term
 from icu_nb.cle import kl_loss, nearest_neighbors, pair_learning_loss
 from icu_nb.config import ICUConfig
-from icu_nb.embedding import cached_embedder, model_embedder
+from icu_nb.embedding import _cached_embedder, model_embedder
 from icu_nb.errors import InputError, NonFinite
 from icu_nb.iur import Thresholds
 from icu_nb.kui import unlearning_loss
@@ -899,19 +899,19 @@ def test_embeddings_are_kept_by_content(cache):
         asked.extend(texts)
         return [[float(len(text)), 1.0] for text in texts]
 
-    first = cached_embedder(embedder, "one")(["a", "bb", "a"])
+    first = _cached_embedder(embedder, "one")(["a", "bb", "a"])
     assert first.tolist() == [[1, 1], [2, 1], [1, 1]] and asked == ["a", "bb"]
-    assert cached_embedder(embedder, "one")(["ccc", "bb"]).tolist() == [[3, 1], [2, 1]] and asked == [
+    assert _cached_embedder(embedder, "one")(["ccc", "bb"]).tolist() == [[3, 1], [2, 1]] and asked == [
         "a",
         "bb",
         "ccc",
     ]
-    cached_embedder(embedder, "another")(["a"])
+    _cached_embedder(embedder, "another")(["a"])
     assert asked[-1] == "a" and len(asked) == 4
 
 
 def test_a_damaged_file_of_embeddings_is_made_again(cache):
-    embedder = cached_embedder(lambda texts: [[1.0, 2.0] for _ in texts], "one")
+    embedder = _cached_embedder(lambda texts: [[1.0, 2.0] for _ in texts], "one")
     embedder(["a"])
     (file,) = (cache / "cache").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:40])
@@ -920,7 +920,7 @@ def test_a_damaged_file_of_embeddings_is_made_again(cache):
 
 def test_an_embedder_that_errs_leaves_nothing_behind(cache):
     with pytest.raises(InputError, match="embedder"):
-        cached_embedder(lambda texts: [[float("nan")]], "one")(["a"])
+        _cached_embedder(lambda texts: [[float("nan")]], "one")(["a"])
     assert not list((cache / "cache").rglob("*.npz"))
 
 
@@ -953,7 +953,9 @@ def test_texts_are_tokenized_once(tiny, monkeypatch):
 
 def test_nothing_of_a_forget_text_is_kept_on_disk(tiny, cache):
     """Vectors and hashes of the pool are; those of the forget set would outlive it."""
-    embedder = cached_embedder(lambda texts: [[len(text), text.count("e") + 1.0] for text in texts], "counts")
+    embedder = _cached_embedder(
+        lambda texts: [[len(text), text.count("e") + 1.0] for text in texts], "counts"
+    )
     prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), embedder)
     kept = {key for file in (cache / "cache").rglob("*.npz") for key in np.load(file)["keys"].tolist()}
     halves = tiny.tokenizer.batch_decode([row[len(row) // 2 :] for row in tiny.sequences.tokens()])

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from icu_nb.paper.plots import fronts
+from icu_nb.paper.figures import fronts
 from icu_nb.paper.rows import read_csv, read_rows
 from icu_nb.paper.tables import _holm as holm
 from icu_nb.paper.tables import multiplies, pool_draws, significance, verdict

@@ -20,7 +20,6 @@ each_module = pytest.mark.parametrize(
     "path", MODULES, ids=lambda path: path.relative_to(ROOT / "icu_nb").as_posix()
 )
 WIDTH = 110
-not_yet = pytest.mark.xfail(reason="rooms are still being moved into", strict=False)
 
 
 @cache
@@ -100,7 +99,6 @@ def test_core_loads_no_plots_no_people_and_no_benchmarks():
 # ---- names and lines ----
 
 
-@not_yet
 def test_few_names_are_public():
     names = {path.relative_to(ROOT).as_posix(): public_names(path) for path in MODULES}
     assert len(names["icu_nb/__init__.py"]) <= 40
@@ -108,7 +106,6 @@ def test_few_names_are_public():
     assert sum(modules.values()) <= 300, modules
 
 
-@not_yet
 def test_no_line_of_code_is_long():
     long = []
     for path in NOTEBOOKS:

@@ -15,9 +15,9 @@ from icu_nb.errors import InputError
 from icu_nb.evals.judge import (
     _INSTRUCTIONS,
     Endpoint,
-    JudgeError,
     LocalJudge,
     _judge_message,
+    _JudgeError,
     _parse_score,
     judge_continuations,
 )
@@ -270,7 +270,7 @@ def test_usage_may_be_missing(serve):
 def test_finished_scores_survive_a_failure(serve, cache, script, problem):
     server, ask = serve(GOOD, GOOD, script, timeout=0.3)
     with pytest.raises(
-        JudgeError, match=f"text 2 of 4.*{problem}.*2 scores are in the cache.*again"
+        _JudgeError, match=f"text 2 of 4.*{problem}.*2 scores are in the cache.*again"
     ) as caught:
         judge_continuations(ask, *TEXTS)
     assert len(kept(cache)) == 2
@@ -296,7 +296,7 @@ def test_the_client_tries_again_by_itself(serve):
 def test_a_slow_answer_is_given_up(serve):
     _, ask = serve("slow", timeout=0.2)
     began = time.perf_counter()
-    with pytest.raises(JudgeError, match="Timeout"):
+    with pytest.raises(_JudgeError, match="Timeout"):
         judge_continuations(ask, *TEXTS)
     assert time.perf_counter() - began < LONG / 2
 
@@ -305,7 +305,7 @@ def test_nobody_there(serve):
     server, ask = serve(GOOD)
     server.shutdown()
     server.server_close()
-    with pytest.raises(JudgeError, match="0 scores"):
+    with pytest.raises(_JudgeError, match="0 scores"):
         judge_continuations(ask, *TEXTS)
 
 

@@ -120,7 +120,8 @@ def test_opens_with_title_promise_and_badge(path):
     assert re.match(r"# \S", text(first["source"]))
     assert re.search(r"^> \S", text(first["source"]), re.M)
     user, repo, branch = settings("user", "repo", "branch")
-    badge = f"https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
+    place = f"{user}/{repo}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
+    badge = f"https://colab.research.google.com/github/{place}"
     prose = "\n".join(text(c["source"]) for c in cells(path, "markdown"))
     assert badge in re.findall(r"https://colab\.research\.google\.com/github/[^\s)\"'>]+\.ipynb", prose), (
         badge
@@ -247,6 +248,13 @@ def test_readme_commands_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert {"quickstart", "test"} <= set(commands)
     assert set(commands) <= set(targets)
+
+
+def test_readme_names_every_notebook():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\((nbs/[^)]+\.ipynb)\)", readme))
+    rooms = {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS if "solutions_" not in path.name}
+    assert not rooms - named
 
 
 README_TABLES = [

@@ -18,7 +18,7 @@ from icu_nb.data.files import _PUBLIC_FILES
 from icu_nb.data.general import DIALOGUES, dialogue_turns
 from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
-from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, dialogue_scores, _unigram_f1
+from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, _unigram_f1, dialogue_scores
 from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
 from icu_nb.evals.tasks import FILE_TASKS, HARNESS_TASKS, _write_task, evaluate_tasks
 from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility

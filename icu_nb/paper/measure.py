@@ -33,8 +33,6 @@ from ..text_scores import BERTScorer
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    _Model = PreTrainedModel | PeftModel
-
 # %% ../../nbs/library/paper/measure.ipynb #4917169a
 @dataclass
 class Outcome:
@@ -48,7 +46,9 @@ class Outcome:
     samples: pd.DataFrame | None = None  # of `unlearn`
 
 # %% ../../nbs/library/paper/measure.ipynb #ac4aa306
-def _people_columns(model: "_Model", setup: Setup, settings: TrialSettings) -> dict[str, float]:
+def _people_columns(
+    model: "PreTrainedModel | PeftModel", setup: Setup, settings: TrialSettings
+) -> dict[str, float]:
     "Accuracy on questions about the people to forget, to keep, and never seen."
     tasks = people_tasks(setup.corpus)
     found = evaluate_tasks(
@@ -60,7 +60,7 @@ def _people_columns(model: "_Model", setup: Setup, settings: TrialSettings) -> d
 
 
 def _utility_columns(
-    model: "_Model", setup: Setup, settings: TrialSettings, files: LocalFiles
+    model: "PreTrainedModel | PeftModel", setup: Setup, settings: TrialSettings, files: LocalFiles
 ) -> dict[str, float]:
     "Accuracies, dialogue, the paper's perplexities: what the settings ask for."
     if settings.utility is None:
@@ -82,7 +82,9 @@ def _utility_columns(
     return row.drop(columns=dropped).iloc[0].to_dict()
 
 # %% ../../nbs/library/paper/measure.ipynb #bf69b7f2
-def _divergence(model: "_Model", other: "_Model", sequences: Sequences) -> float:
+def _divergence(
+    model: "PreTrainedModel | PeftModel", other: "PreTrainedModel | PeftModel", sequences: Sequences
+) -> float:
     "The mean of KL(other || model), in nats per token."
     total = 0.0
     count = 0
@@ -96,7 +98,9 @@ def _divergence(model: "_Model", other: "_Model", sequences: Sequences) -> float
     return total / count
 
 
-def _distance_columns(model: "_Model", setup: Setup, texts: dict[str, Sequences]) -> dict[str, float]:
+def _distance_columns(
+    model: "PreTrainedModel | PeftModel", setup: Setup, texts: dict[str, Sequences]
+) -> dict[str, float]:
     return {column: _divergence(model, setup.retrained, some) for column, some in texts.items()}
 
 
@@ -113,7 +117,7 @@ _ATTACK_METRICS = {  # column -> metric of `audit`
 }
 
 
-def _attack_columns(model: "_Model", trial: Trial, setup: Setup) -> dict[str, float]:
+def _attack_columns(model: "PreTrainedModel | PeftModel", trial: Trial, setup: Setup) -> dict[str, float]:
     "What attackers still get."
     texts = setup.forget_texts(trial.settings)
     table = audit(
