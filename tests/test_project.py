@@ -250,6 +250,13 @@ def test_readme_commands_exist():
     assert set(commands) <= set(targets)
 
 
+def test_readme_names_every_notebook():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\((nbs/[^)]+\.ipynb)\)", readme))
+    rooms = {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS if "solutions_" not in path.name}
+    assert not rooms - named
+
+
 README_TABLES = [
     ("tiny", "people", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "acc_retain", "epochs"]),
     ("tiny", "pile0", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "epochs"]),

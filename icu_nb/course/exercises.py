@@ -289,9 +289,8 @@ def _is_close(
     expected,  # numbers
 ) -> bool:
     "Whether they agree to four digits."
-    if isinstance(found, torch.Tensor):
-        found = found.detach().numpy()
-    return np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    a, b = (x.detach().numpy() if isinstance(x, torch.Tensor) else x for x in (found, expected))
+    return np.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def _nll(
