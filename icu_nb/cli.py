@@ -184,9 +184,9 @@ def _parse(parser: _Parser, words: list[str]) -> argparse.Namespace:
     "The options; an old name is refused with the new one."
     for word in words:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
-        if word.startswith("--") and name in NEW_NAMES:
-            new = _dashed(NEW_NAMES[name])
-            parser.error(f"--{_dashed(name)}: this name is not used any more. Say --{new}.")
+        new = NEW_NAMES.get(name)  # the shell has not all of them
+        if word.startswith("--") and (new in _SETTINGS or new in _FILES):
+            parser.error(f"--{_dashed(name)}: this name is not used any more. Say --{_dashed(new)}.")
     return parser.parse_args(words)
 
 # %% ../nbs/library/cli.ipynb #a3c6c5ea

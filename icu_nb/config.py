@@ -98,10 +98,6 @@ class ICUConfig:
         64, "sequences per forward pass where nothing is trained; halved while memory does not suffice"
     )
 
-    def __new__(cls, *args: Any, **settings: Any) -> "ICUConfig":
-        _refuse_old_names(settings)
-        return super().__new__(cls)
-
     def __post_init__(self):
         for name in ("alpha", "beta", "learning_rate", "max_grad_norm"):
             require_number(name, getattr(self, name))
@@ -121,6 +117,9 @@ class ICUConfig:
         no_clipping = 1e9  # no gradient is as long
         return cls(max_length=200, max_overlap=1.0, max_grad_norm=no_clipping, stop="all_forgotten")
 
+
+# Around `__init__`, whose signature help and completion go on showing.
+ICUConfig.__init__ = refuses_old_names(ICUConfig.__init__)  # type: ignore[method-assign]
 
 _COUNTS = ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "check_every", "eval_batch_size")
 

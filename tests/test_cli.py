@@ -725,8 +725,6 @@ def test_what_nobody_foresaw_keeps_its_traceback(call, monkeypatch):
         ("lr", "learning-rate"),
         ("seq-len", "max-length"),
         ("n", "el-n"),
-        ("start", "el-start"),
-        ("tracker", "report-to"),
         ("resume", "resume-from-checkpoint"),
     ],
 )
