@@ -120,10 +120,7 @@ def unlearn(
     neighbors: Any = None,  # ready pairs: integers [n, k], indices into `retain`; None: the nearest texts
     callback: Callable | None = None,  # (model, row) after every row of the history; a dict is added to it
     alternatives: Any = None,  # a text per forget text to say instead, for objectives that ask for it (DPO)
-    embedder: str
-    | Path
-    | Callable
-    | None = None,  # an encoder's name, or texts -> [n, D]; None: the model's own
+    embedder: str | Path | Callable | None = None,  # an encoder, or texts -> [n, D]; None: the model itself
     encoder: str | Path | None = None,  # name or folder of an encoder for BERTScore; None: BLEU alone
     checkpoint_dir: str | Path | None = None,  # a folder for a checkpoint per epoch; the last two are kept
     resume_from_checkpoint: bool | str | Path = False,  # True: the newest, if any; `model` begins anew
