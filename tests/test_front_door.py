@@ -1,7 +1,9 @@
 """`from icu_nb import ...`: what is offered, that nothing heavy is imported for it; types are shipped."""
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +65,8 @@ def test_the_core_imports_no_plotting_no_corpus_and_no_evaluation():
 
 def test_types_are_shipped():
     assert (FOLDER / "py.typed").exists()
+
+
+def test_the_settings_stand_in_the_signature():
+    shown = inspect.signature(icu_nb.ICUConfig).parameters
+    assert list(shown) == [field.name for field in dataclasses.fields(icu_nb.ICUConfig)]
