@@ -70,3 +70,34 @@ def test_types_are_shipped():
 def test_the_settings_stand_in_the_signature():
     shown = inspect.signature(icu_nb.ICUConfig).parameters
     assert list(shown) == [field.name for field in dataclasses.fields(icu_nb.ICUConfig)]
+
+
+CONTRACT = {  # what other people's code calls: its parameters; behind * those by keyword
+    "icu_nb.metrics.memorization_accuracy": "model input_ids attention_mask * batch_size",
+    "icu_nb.metrics.extraction_likelihood": "model input_ids attention_mask * n start batch_size",
+    "icu_nb.metrics.perplexity": "model tokenizer texts * max_length batch_size",
+    "icu_nb.kui.unlearning_loss": "logits input_ids attention_mask",
+    "icu_nb.cle.pair_learning_loss": "logits input_ids attention_mask",
+    "icu_nb.cle.kl_loss": "logits ref_logits attention_mask",
+    "icu_nb.cle.nearest_neighbors": "forget retain * embedder k max_overlap",
+    "icu_nb.iur.calibrate_thresholds": "model tokenizer heldout",
+    "icu_nb.iur.Thresholds": "bleu bert_f1 rule ma el",
+    "icu_nb.unlearn.unlearn": "model tokenizer forget retain config * heldout thresholds objective "
+    "refinement neighbors callback",
+    "icu_nb.text.read_texts": "source",
+    "icu_nb.result.UnlearnResult.save_pretrained": "self folder",
+}
+
+
+@pytest.mark.parametrize("path", CONTRACT)
+def test_the_contract_of_names(path):
+    module, *names = path.removeprefix("icu_nb.").split(".")
+    thing = importlib.import_module(f"icu_nb.{module}")
+    for name in names:
+        thing = getattr(thing, name)
+    parameters = inspect.signature(thing).parameters.values()
+    by_keyword = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    in_order = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    promised, _, promised_by_keyword = CONTRACT[path].partition(" * ")
+    assert in_order[: len(promised.split())] == promised.split()
+    assert set(promised_by_keyword.split()) <= by_keyword
