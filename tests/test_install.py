@@ -18,7 +18,7 @@ tools = ["nbdev", "fastcore", "IPython", "ipykernel", "jupyter_core", "papermill
 assert not [t for t in tools if importlib.util.find_spec(t)]
 assert not [t for t in ("nbs", "tests", "figures", "docs", "tools") if importlib.util.find_spec(t)]
 from icu_nb.models.tiny import tiny_gpt_neo
-tiny_gpt_neo(64, n_layers=1)
+tiny_gpt_neo(64, n_layers=2)
 print(icu_nb.__version__, icu_nb.__file__)
 """
 
