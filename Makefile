@@ -69,8 +69,9 @@ NOTEBOOKS = $(sort $(filter-out nbs/course/%,$(shell find nbs -name '*.ipynb' -n
 # Two workers with a thread each are faster than one with two; a file stays with one worker, so that a notebook
 # runs in its order. The longest file begins, so that no worker waits for it in the end.
 TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-	tests/test_colab.py $(NOTEBOOKS) tests --durations=15 --nbval-lax --nbval-current-env \
-	--nbval-cell-timeout=900 --nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+	tests/test_colab.py $(NOTEBOOKS) $(filter-out tests/test_colab.py,$(wildcard tests/test_*.py)) \
+	--durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
+	--nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 check: .venv/.dev  ## style, types, the direction of imports, and whether icu_nb/ is what the notebooks export
 	$(PY) -m ruff check nbs icu_nb tests tools docs
