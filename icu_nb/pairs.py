@@ -161,7 +161,7 @@ class Task:
         def part(sequences: Sequences, rows: torch.Tensor, step: torch.Tensor) -> Part:
             tokens, tokens_of_step = _predicted(sequences, rows), _predicted(sequences, step)
             weight = tokens / max(tokens_of_step, 1) * len(step) / len(rows)
-            return Part(rows, **vars(sequences[rows].to(device)), weight=weight)
+            return Part(rows, sequences[rows].to(device), weight)
 
         return Batch(
             part(self.forget, rows, step),
@@ -176,8 +176,8 @@ class Task:
 
 
 def _predicted(sequences: Sequences, rows: torch.Tensor) -> int:
-    "How many tokens are predicted in these rows: all but the first of each."
-    return int((sequences.lengths[rows] - 1).clamp(min=0).sum())
+    "How many tokens are predicted in these rows: all but the first of each and the prompts."
+    return int((sequences.lengths[rows] - sequences.prompt_lengths[rows].clamp(min=1)).clamp(min=0).sum())
 
 # %% ../nbs/library/pairs.ipynb #0052c8a4
 def _find_neighbors(
@@ -262,7 +262,7 @@ def prepare_task(
         pairs = _check_neighbors(neighbors, len(to_forget.tokens), len(pool.tokens), kept)
 
     def padded(tokens: list[list[int]]) -> Sequences:
-        return pad(tokens, pad_id(tokenizer), width)
+        return pad(tokens, pad_id(tokenizer))
 
     return Task(
         forget=padded(to_forget.tokens),
