@@ -160,7 +160,10 @@ def _digest(sequences: Sequences | None) -> str | None:
     if sequences is None:
         return None
     return hashlib.sha256(
-        b"".join(tensor.numpy().tobytes() for tensor in vars(sequences).values())
+        b"".join(
+            tensor.numpy().tobytes()
+            for tensor in (sequences.lengths, sequences.prompt_lengths, *sequences.rows)
+        )
     ).hexdigest()
 
 
