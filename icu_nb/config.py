@@ -102,7 +102,7 @@ class ICUConfig:
     )
     precision: str | None = _setting(
         None,
-        'arithmetic: "fp32", "bf16" or "fp16"; None: 16 bits where the machine is faster with them, else fp32',
+        'arithmetic: "fp32", "bf16" or "fp16"; None: 16 bits where they are faster, else fp32',
     )
 
     def __post_init__(self):
