@@ -19,9 +19,27 @@ class Part:
     "One half of a batch: sequences, and which rows of the whole they are."
 
     rows: torch.Tensor  # LongTensor [B]
-    input_ids: torch.Tensor  # LongTensor [B, T]
-    attention_mask: torch.Tensor  # LongTensor [B, T]
+    sequences: Sequences  # B sequences on the model's device
     weight: float = 1.0  # of a mean over its tokens, where the batch is a piece of a step; see below
+
+    @property
+    def input_ids(self) -> torch.Tensor:  # LongTensor [B, T]; T: the longest of this part
+        return self.sequences.input_ids
+
+    @property
+    def attention_mask(self) -> torch.Tensor:  # LongTensor [B, T]
+        return self.sequences.attention_mask
+
+    @property
+    def loss_mask(self) -> torch.Tensor:  # LongTensor [B, T]; without the prompts: the mask for losses
+        return self.sequences.loss_mask
+
+    def cut(
+        self,
+        values: torch.Tensor,  # [B, at least T, ...], of a pass together with longer sequences
+    ) -> torch.Tensor:  # [B, T, ...]
+        "The values at this part's own positions."
+        return values[:, : self.input_ids.shape[1]]
 
 # %% ../nbs/library/batch.ipynb #0c30e4a4
 @dataclass(frozen=True)
@@ -37,19 +55,19 @@ class Batch:
         *names: str,  # parts
     ) -> Sequences:  # their sequences, one part behind the other
         "Several parts as one batch, for one forward pass."
-        parts = [getattr(self, name) for name in names]
-        return Sequences(
-            torch.cat([part.input_ids for part in parts]), torch.cat([part.attention_mask for part in parts])
-        )
+        parts = [getattr(self, name).sequences for name in names]
+        rows = [row for part in parts for row in part.rows]
+        prompt_lengths = torch.cat([part.prompt_lengths for part in parts])
+        return Sequences(rows, prompt_lengths.tolist(), parts[0].pad_token_id, parts[0].device)
 
     def logits(
         self,
         model,  # the model in training
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, V] for the forget part, [B·k, T, V] for the neighbors
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, V] for the forget part, [B·k, T', V] for the neighbors
         "The model's answer to both parts, in one forward pass."
-        logits = model(**vars(self.together("forget", "neighbor")), use_cache=False).logits
+        logits = model(**self.together("forget", "neighbor").inputs, use_cache=False).logits
         forget, neighbor = logits.split([len(self.forget.rows), len(self.neighbor.rows)])
-        return forget, neighbor
+        return self.forget.cut(forget), self.neighbor.cut(neighbor)
 
 # %% ../nbs/library/batch.ipynb #6c041aef
 @dataclass(frozen=True)

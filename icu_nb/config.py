@@ -94,6 +94,9 @@ class ICUConfig:
     check_steps: int | None = _setting(
         None, "also test the thresholds after every so many steps within an epoch"
     )
+    checkpoint_every: int = _setting(
+        1, "epochs from one checkpoint to the next; the last epoch is always written"
+    )
     eval_batch_size: int = _setting(
         64, "sequences per forward pass where nothing is trained; halved while memory does not suffice"
     )
@@ -121,7 +124,16 @@ class ICUConfig:
 # Around `__init__`, whose signature help and completion go on showing.
 ICUConfig.__init__ = refuses_old_names(ICUConfig.__init__)  # type: ignore[method-assign]
 
-_COUNTS = ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "check_every", "eval_batch_size")
+_COUNTS = (
+    "batch_size",
+    "max_epochs",
+    "el_n",
+    "n_neighbors",
+    "num_beams",
+    "check_every",
+    "checkpoint_every",
+    "eval_batch_size",
+)
 
 
 def _require_integer(name: str, value: Any, least: int, otherwise: str = "") -> None:

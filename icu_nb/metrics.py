@@ -154,7 +154,7 @@ def perplexity(
     with evaluating(model):
         for batch, first in zip(sequences.batches(batch_size), first_new.split(batch_size), strict=True):
             batch = batch.to(model.device)
-            nll, real = token_losses(model(**vars(batch)).logits, **vars(batch))
+            nll, real = token_losses(model(**batch.inputs).logits, **batch.inputs)
             counts = real & (torch.arange(1, nll.shape[1] + 1) >= first[:, None]).to(real.device)
             total += nll[counts].sum().item()
             count += int(counts.sum())

@@ -76,7 +76,7 @@ def _terms_from_logits(
         part = getattr(batch, term.part)
         compared = term.loss is kl_loss
         truth = reference.logits(term.part, part.rows) if compared else part.input_ids
-        value = term.loss(logits[term.part], truth, part.attention_mask)
+        value = term.loss(logits[term.part], truth, part.loss_mask)
         values[name] = term.weight * part.weight * value
     return values
 
@@ -122,12 +122,15 @@ def token_terms(
     if head is None or (compared and reference.head is None):
         return _terms_from_logits(model, batch, reference, terms)
     sequences = batch.together(*names)
-    predicted = predicted_positions(sequences.attention_mask)
+    predicted = predicted_positions(sequences.loss_mask)
     ref_states = ref_head = None
     if compared:
-        hidden = [reference.hidden(name, getattr(batch, name).rows) for name in names if name in compared]
-        ref_states = torch.cat(hidden)
-        ref_states, ref_head = _at(ref_states, predicted[-len(ref_states) :]), reference.head
+        parts = {name: getattr(batch, name) for name in names if name in compared}
+        hidden = [
+            _at(reference.hidden(name, part.rows), predicted_positions(part.loss_mask))
+            for name, part in parts.items()
+        ]
+        ref_states, ref_head = torch.cat(hidden), reference.head
     states = _at(last_hidden_states(model, sequences), predicted)
     shares = _shares(batch, names, predicted, torch.promote_types(states.dtype, torch.float32))
     nll_weights, kl_weights = (_position_weights(terms, shares, kind) for kind in ("nll", "kl"))

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import require
 from .language_model import evaluating, halving_batches
 from .models.head import last_hidden_states, linear_head
-from .text import Sequences
+from .text import Sequences, pad
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,8 +52,8 @@ class OriginalModel:
         self.model: Any = model  # an adapter, too, can be switched off
         self.head = linear_head(model)
         self.whole: torch.nn.Module | None = None  # a frozen copy of the model
-        self.parts: dict[str, torch.Tensor] = {}  # last hidden states of the sequences
-        probe = Sequences(*torch.tensor([[[0, 1]], [[1, 1]]], device=model.device))
+        self.parts: dict[str, list[torch.Tensor]] = {}  # last hidden states [L, H] of the sequences
+        probe = pad([[0, 1]]).to(model.device)
         if not (anything or any(map(len, parts.values()))):
             self.way = "not needed"
         elif _switches_off(model, probe):
@@ -69,14 +70,20 @@ class OriginalModel:
             self.head = linear_head(self.whole)
 
     @halving_batches
-    def _hidden(self, sequences: Sequences, *, batch_size: int = 32) -> torch.Tensor:
-        states = [last_hidden_states(self.model, batch) for batch in sequences.batches(batch_size)]
-        return torch.cat(states) if states else torch.empty(0)
+    def _hidden(self, sequences: Sequences, *, batch_size: int = 32) -> list[torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        for batch in sequences.batches(batch_size):
+            states = last_hidden_states(self.model, batch)
+            # Copies: a view would keep the padding, too.
+            kept += [row[:n].clone() for row, n in zip(states, batch.lengths.tolist(), strict=True)]
+        return kept
 
     @property
     def bytes(self) -> int:
         "The memory that is needed for it."
-        kept = list(self.whole.state_dict().values() if self.whole is not None else self.parts.values())
+        kept = [state for states in self.parts.values() for state in states]
+        if self.whole is not None:
+            kept = list(self.whole.state_dict().values())
         if self.way == "hidden states" and self.head is not None:
             kept += self.head.parameters()
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in kept}.values())
@@ -106,10 +113,10 @@ class OriginalModel:
         self,
         part: str,  # "forget" or "neighbor"
         rows: torch.Tensor,  # LongTensor [B]: which of its sequences
-    ) -> torch.Tensor:  # [B, T, H]
+    ) -> torch.Tensor:  # [B, T, H]; T: the longest of these rows
         "The original model's last hidden states."
         if self.way == "hidden states":
-            return self.parts[part][rows]
+            return pad_sequence([self.parts[part][i] for i in rows.tolist()], batch_first=True)
         return self.apply(last_hidden_states, self.sequences[part][rows])
 
     @torch.no_grad()

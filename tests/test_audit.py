@@ -98,7 +98,7 @@ def test_memorization_measures_are_the_three_measures(tiny):
         "EL": extraction_likelihood,
         "ES": extraction_strength,
     }.items():
-        assert np.allclose(scores[name], measure(tiny.model, **vars(sequences)))
+        assert np.allclose(scores[name], measure(tiny.model, **sequences.inputs))
 
 
 def test_relearning_learns_what_is_shown_and_changes_a_copy(tiny):
@@ -178,7 +178,7 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
     value = table.set_index("metric").value
     assert value["MA"] > 0.7 and value["AUC loss"] > 0.6 and value["PrivLeak"] < 0
     assert value["MA"] == pytest.approx(
-        memorization_accuracy(model, **vars(tokenize(forget, tiny.tokenizer, 48))).mean().item()
+        memorization_accuracy(model, **tokenize(forget, tiny.tokenizer, 48).inputs).mean().item()
     )
     assert any("other words" in metric for metric in table.metric) and any(
         "unrelated" in metric for metric in table.metric

@@ -124,13 +124,8 @@ def test_2_the_original_fits():
     def kept(n, length, width, vocabulary):
         return 4 * (n * length * width + width * vocabulary)
 
-    def size(tensor):
-        return tensor.numel() * tensor.element_size()
-
     reference = OriginalModel(random_model(length=20), {"neighbor": pad(random_ids(12, 20).tolist())})
-    assert sum(map(size, reference.parts.values())) + sum(map(size, reference.head.parameters())) == kept(
-        12, 20, 16, 50
-    )
+    assert reference.bytes == kept(12, 20, 16, 50)
     assert reference.whole is None
     probabilities = 4 * 128 * 200 * 50257
     assert round(probabilities / 2**30, 2) == 4.79
@@ -173,7 +168,7 @@ def test_3_kl_is_kl():
 
 def test_3_kl_of_a_model_to_itself_is_nothing(tiny):
     with torch.no_grad():
-        logits = tiny.model(**vars(tiny.sequences.to(tiny.model.device))).logits
+        logits = tiny.model(**tiny.sequences.to(tiny.model.device).inputs).logits
     assert kl_loss(logits, logits).item() == pytest.approx(0, abs=1e-7)
 
 
@@ -279,17 +274,18 @@ def test_7_padding_never_counts(tiny):
     """Two sequences of unlike length, and pad tokens that stand for anything, score as each does alone."""
     rows = [row[:length] for row, length in zip(tiny.sequences.tokens(), (48, 41), strict=False)]
     for filler in (tiny.tokenizer.pad_token_id, tiny.tokenizer.eos_token_id, rows[0][5]):
-        both = pad(rows, filler, width=60)
+        ids = torch.tensor([row + [filler] * (60 - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (60 - len(row)) for row in rows])
         for score in (memorization_accuracy, extraction_likelihood):
             alone = [score(tiny.model, torch.tensor([row])).item() for row in rows]
-            assert score(tiny.model, both.input_ids, both.attention_mask).tolist() == pytest.approx(alone)
+            assert score(tiny.model, ids, mask).tolist() == pytest.approx(alone)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_7_generation_does_not_see_padding(tiny, num_beams):
     rows = [row[:length] for row, length in zip(tiny.sequences.tokens(), (48, 40, 45), strict=False)]
     together = score_forget_set(
-        tiny.model, tiny.tokenizer, pad(rows, tiny.tokenizer.pad_token_id, width=64), num_beams=num_beams
+        tiny.model, tiny.tokenizer, pad(rows, tiny.tokenizer.pad_token_id), num_beams=num_beams
     )
     for i, row in enumerate(rows):
         alone = score_forget_set(tiny.model, tiny.tokenizer, pad([row]), num_beams=num_beams).iloc[0]

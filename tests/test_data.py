@@ -20,6 +20,7 @@ from icu_nb.data.people import TEMPLATES, people, people_corpus
 from icu_nb.data.pile import gpt2_tokenizer, pile_corpus, pile_extraction
 from icu_nb.data.sources import load_corpus
 from icu_nb.errors import DownloadError, InputError
+from icu_nb.language_model import predicted_positions
 from icu_nb.text import (
     containment,
     deduplicate,
@@ -27,6 +28,7 @@ from icu_nb.text import (
     pad_id,
     prompt_suffix,
     read_texts,
+    real_tokens,
     tokenize,
     word_ngrams,
 )
@@ -196,7 +198,7 @@ def test_another_column(tmp_path):
     path = tmp_path / "letters.csv"
     pd.DataFrame({"letter": TEXTS}).to_csv(path, index=False)
     assert read_texts(path, column="letter") == TEXTS
-    with pytest.raises(InputError, match=r"`column`.*letter"):
+    with pytest.raises(InputError, match=r"`source`.*letter"):
         read_texts(path)
 
 
@@ -251,7 +253,7 @@ def test_a_record_that_is_none(value, tmp_path):
 
 def test_half_a_character_in_a_file(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}')
-    with pytest.raises(InputError, match=r"`source`: half a character .*\[1\]"):
+    with pytest.raises(InputError, match=r"`source`: half a character .*line \[2\]"):
         read_texts(tmp_path / "texts.jsonl")
 
 
@@ -267,9 +269,18 @@ def test_padding_is_on_the_right_and_masked():
     assert sequences.input_ids.dtype == sequences.attention_mask.dtype == torch.long
 
 
-def test_padding_to_a_width():
-    assert pad([[5, 6, 7], [8]], 0, width=2).input_ids.tolist() == [[5, 6], [8, 0]]
-    assert pad([[5]], 0, width=3).attention_mask.tolist() == [[1, 0, 0]]
+def test_prompts_are_read_and_do_not_count():
+    sequences = pad([[5, 6, 7, 8], [9, 10]], prompt_lengths=[2, 0])
+    assert sequences.loss_mask.tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
+    assert predicted_positions(sequences.loss_mask).tolist() == [[False, True, True], [True, False, False]]
+    assert sequences[[1, 0]].prompt_lengths.tolist() == [0, 2]
+    again = real_tokens(**sequences.inputs, prompt_lengths=sequences.prompt_lengths)
+    assert torch.equal(again.loss_mask, sequences.loss_mask)
+
+
+def test_one_long_sequence_pads_no_other():
+    sequences = pad([[1] * 100_000, *([[2] * 3] * 50_000)])
+    assert sequences[[5, 7]].input_ids.shape == (2, 3)  # and no matrix of 50,001 x 100,000
 
 
 def test_rows_and_batches():

@@ -119,7 +119,7 @@ def trained(sign, steps=5, learning_rate=1e-3):
             optimizer.zero_grad()
             (
                 sign
-                * token_mean(per_token(model(**vars(shown)).logits, shown.input_ids), shown.attention_mask)
+                * token_mean(per_token(model(**shown.inputs).logits, shown.input_ids), shown.attention_mask)
             ).backward()
             optimizer.step()
         return model
@@ -130,7 +130,7 @@ def trained(sign, steps=5, learning_rate=1e-3):
 def likelihood(model, sequences):
     with torch.no_grad():
         return token_mean_rows(
-            per_token(model(**vars(sequences)).logits, sequences.input_ids), sequences.attention_mask
+            per_token(model(**sequences.inputs).logits, sequences.input_ids), sequences.attention_mask
         )
 
 

@@ -113,10 +113,7 @@ def shake(model, strength=0.05):
 
 def sequences(lengths, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return pad(
-        [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths],
-        width=max(12, *lengths),
-    )
+    return pad([torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths])
 
 
 def task():
@@ -208,7 +205,10 @@ def test_heads_with_a_bias_and_frozen_heads(bias, frozen):
 def test_no_position_counts():
     model, reference, batch = setting("gpt_neo")
     empty = Batch(
-        *(Part(part.rows, part.input_ids, part.attention_mask * 0) for part in (batch.forget, batch.neighbor))
+        *(
+            Part(part.rows, Sequences(part.sequences.rows, part.sequences.lengths.tolist()))
+            for part in (batch.forget, batch.neighbor)
+        )
     )
     terms = ICU()(model, empty, reference)
     assert [value.item() for value in terms.values()] == [0, 0, 0]
@@ -255,16 +255,13 @@ def test_memory_of_a_step():
     reference, batch = (
         OriginalModel(model, {"neighbor": work.neighbors}),
         Task(
-            *(
-                Sequences(part.input_ids.repeat(8, 1), part.attention_mask.repeat(8, 1))
-                for part in (work.forget, work.neighbors)
-            ),
+            *(Sequences(part.rows * 8) for part in (work.forget, work.neighbors)),
             work.pairs,
         ).batch(torch.arange(8), "cpu"),
     )
     batch = Batch(
         *(
-            Part(part.rows % 6 if part is batch.neighbor else part.rows, part.input_ids, part.attention_mask)
+            Part(part.rows % 6 if part is batch.neighbor else part.rows, part.sequences)
             for part in (batch.forget, batch.neighbor)
         )
     )
@@ -283,7 +280,7 @@ def test_memory_of_a_step():
 def test_hidden_states_and_head_make_the_logits(family):
     model, texts = build(family), sequences(FORGET)
     states, head = last_hidden_states(model, texts), linear_head(model)
-    logits = model(**vars(texts)).logits
+    logits = model(**texts.inputs).logits
     if family == "gemma2":
         assert head is None and not torch.allclose(model.get_output_embeddings()(states), logits)
     else:
@@ -294,7 +291,7 @@ def test_hidden_states_and_head_make_the_logits(family):
 def test_the_head_is_put_back_after_an_error():
     model = build("gpt2")
     with pytest.raises(IndexError):
-        last_hidden_states(model, Sequences(torch.full((1, 3), 10**6), torch.ones(1, 3, dtype=torch.long)))
+        last_hidden_states(model, pad([[10**6] * 3]))
     assert "forward" not in vars(model.get_output_embeddings())
 
 
@@ -304,11 +301,17 @@ def test_greedy_tokens_are_those_of_whole_logits(family, monkeypatch):
     model, texts = build(family), sequences(FORGET)
     with evaluating(model):
         greedy, _ = greedy_pass(model, texts)
-        plain = model(**vars(texts)).logits[:, :-1].argmax(-1)
+        plain = model(**texts.inputs).logits[:, :-1].argmax(-1)
     assert torch.equal(greedy[:, 1:], plain * texts.attention_mask[:, 1:]) and (greedy[:, 0] == 0).all()
 
 
 # ---- the original model, three ways ----
+
+
+def assert_same(found, wanted, texts):
+    """At the real tokens: nothing is kept about padding."""
+    real = texts.attention_mask.bool()
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-9)
 
 
 @families
@@ -318,7 +321,7 @@ def test_all_ways_of_remembering_say_the_same(family):
     rows = torch.tensor([4, 0, 2])
     ids = work.neighbors[rows]
     with torch.no_grad():
-        before, hidden = model(**vars(ids)).logits, last_hidden_states(model, ids)
+        before, hidden = model(**ids.inputs).logits, last_hidden_states(model, ids)
     kept, copied = (
         OriginalModel(model, {"neighbor": work.neighbors}),
         OriginalModel(model, {"neighbor": work.neighbors}, anything=True),
@@ -326,11 +329,11 @@ def test_all_ways_of_remembering_say_the_same(family):
     assert (kept.way, copied.way) == ("copy" if family == "gemma2" else "hidden states", "copy")
     shake(model)
     for original in (kept, copied):
-        torch.testing.assert_close(original.logits("neighbor", rows), before, rtol=0, atol=1e-9)
-        torch.testing.assert_close(original.hidden("neighbor", rows), hidden, rtol=0, atol=1e-9)
+        assert_same(original.logits("neighbor", rows), before, ids)
+        assert_same(original.hidden("neighbor", rows), hidden, ids)
         assert original.bytes > 0 and not original.logits("neighbor", rows).requires_grad
     torch.testing.assert_close(
-        copied.apply(lambda m, batch: m(**vars(batch)).logits, ids), before, rtol=0, atol=1e-9
+        copied.apply(lambda m, batch: m(**batch.inputs).logits, ids), before, rtol=0, atol=1e-9
     )
     adapted = peft.get_peft_model(build(family), peft.LoraConfig(target_modules="all-linear"))
     switched = OriginalModel(adapted, {"neighbor": work.neighbors}, anything=True)
@@ -338,9 +341,9 @@ def test_all_ways_of_remembering_say_the_same(family):
     for name, parameter in adapted.named_parameters():
         if "lora" in name:
             parameter.data.add_(0.3)
-    assert not torch.allclose(adapted(**vars(ids)).logits, before, atol=0.01)
-    torch.testing.assert_close(switched.logits("neighbor", rows), before, rtol=0, atol=1e-9)
-    torch.testing.assert_close(switched.hidden("neighbor", rows), hidden, rtol=0, atol=1e-9)
+    assert not torch.allclose(adapted(**ids.inputs).logits, before, atol=0.01)
+    assert_same(switched.logits("neighbor", rows), before, ids)
+    assert_same(switched.hidden("neighbor", rows), hidden, ids)
     assert {name for name, p in adapted.named_parameters() if p.requires_grad} == {
         name for name, _ in adapted.named_parameters() if "lora" in name
     }
@@ -348,7 +351,7 @@ def test_all_ways_of_remembering_say_the_same(family):
 
 def test_what_is_kept_is_counted():
     model, work = build("gpt_neo"), task()
-    states, head = 6 * 12 * 16 * 8, VOCAB * 16 * 8  # float64
+    states, head = int(work.neighbors.lengths.sum()) * 16 * 8, VOCAB * 16 * 8  # float64, no padding
     assert OriginalModel(model, {"neighbor": work.neighbors}).bytes == states + head
     assert OriginalModel(model, {"neighbor": work.neighbors}, anything=True).bytes >= sum(
         p.nbytes for p in model.parameters()
@@ -365,10 +368,10 @@ def test_an_adapter_that_was_trained_before_is_part_of_the_original():
         if "lora" in name:
             parameter.data.add_(0.1)
     with torch.no_grad():
-        before = adapted(**vars(task().neighbors)).logits
+        before = adapted(**task().neighbors.inputs).logits
     original = OriginalModel(adapted, {"neighbor": task().neighbors})
     assert original.way == "hidden states"
-    torch.testing.assert_close(original.logits("neighbor", torch.arange(6)), before, rtol=0, atol=1e-9)
+    assert_same(original.logits("neighbor", torch.arange(6)), before, task().neighbors)
 
 
 def test_weights_that_train_beside_an_adapter_cannot_be_switched_off():
@@ -613,7 +616,7 @@ def test_autocast_stays_near(dtype, tolerance):
     shake(model)
     exact = ICU()(model, batch, reference)
     wanted = gradients(model, sum(exact.values()))
-    logits = model(**vars(work.forget)).logits
+    logits = model(**work.forget.inputs).logits
     with torch.autocast("cpu", dtype=dtype):
         again = ICU()(model, batch, reference)
         states, head = last_hidden_states(model, work.forget), linear_head(model)

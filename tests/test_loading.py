@@ -37,7 +37,7 @@ from icu_nb.objective import ICU
 from icu_nb.pairs import Task
 from icu_nb.plumbing import peak_memory
 from icu_nb.run import Run
-from icu_nb.text import Sequences, pad_id, tokenize
+from icu_nb.text import pad_id, real_tokens, tokenize
 from icu_nb.unlearn import unlearn
 
 peft = pytest.importorskip("peft")
@@ -225,9 +225,9 @@ def test_padding_changes_nothing(side, has_pad, own, tiny):
     assert tokenizer.padding_side == side and pad_id(tokenizer) == (1 if has_pad else 0)
     texts = [tiny.forget[0], tiny.forget[1][:60]]
     together = tokenize(texts, tokenizer, 48)
-    alone = [memorization_accuracy(model, **vars(tokenize([text], tokenizer, 48))).item() for text in texts]
+    alone = [memorization_accuracy(model, **tokenize([text], tokenizer, 48).inputs).item() for text in texts]
     assert together.attention_mask.sum(1).tolist() == [48, len(tokenizer(texts[1]).input_ids)]
-    assert memorization_accuracy(model, **vars(together)).tolist() == pytest.approx(alone)
+    assert memorization_accuracy(model, **together.inputs).tolist() == pytest.approx(alone)
 
 
 def test_special_tokens_that_no_text_makes_may_lie_beyond_the_table(own, tiny):
@@ -570,7 +570,7 @@ def measured(model, n, max_length, batch_size, vocab_size):
 
     def sequences():
         ids = torch.randint(vocab_size, (n, max_length))
-        return Sequences(ids, torch.ones_like(ids))
+        return real_tokens(ids)
 
     run = Run(
         model,

@@ -28,7 +28,7 @@ from icu_nb.kui import forget_terms, unlearning_loss
 from icu_nb.models.head import last_hidden_states
 from icu_nb.models.tiny import train_tokenizer
 from icu_nb.reference import OriginalModel
-from icu_nb.text import Sequences, containment, pad, tokenize, word_ngrams
+from icu_nb.text import containment, pad, real_tokens, tokenize, word_ngrams
 
 V = 17  # vocabulary of the random cases
 
@@ -313,16 +313,18 @@ def test_the_original_is_remembered_exactly(kind):
     model, texts = tiny(kind), sequences()
     assert model.get_output_embeddings() is not None
     with torch.no_grad():
-        before = model(**vars(texts)).logits
+        before = model(**texts.inputs).logits
     original = OriginalModel(model, {"neighbor": texts}, batch_size=len(texts))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        assert not torch.allclose(model(**vars(texts)).logits, before, atol=0.1)
-    assert torch.equal(original.logits("neighbor", torch.arange(len(texts))), before)
+        assert not torch.allclose(model(**texts.inputs).logits, before, atol=0.1)
+    real = texts.attention_mask.bool()  # nothing is kept about padding
+    assert torch.equal(original.logits("neighbor", torch.arange(len(texts)))[real], before[real])
     rows = torch.tensor([4, 1, 4])
-    again = original.logits("neighbor", rows)
-    assert torch.allclose(again, before[rows], atol=1e-5, rtol=1e-5) and not again.requires_grad
+    again, real = original.logits("neighbor", rows), texts[rows].attention_mask.bool()
+    wanted = before[rows][:, : real.shape[1]]
+    assert torch.allclose(again[real], wanted[real], atol=1e-5, rtol=1e-5) and not again.requires_grad
     assert (original.whole is None) == (kind != "gemma2")
 
 
@@ -346,7 +348,7 @@ def test_hidden_states_leave_no_hook_behind():
     model, texts = tiny("llama"), sequences()
     last_hidden_states(model, texts)
     with pytest.raises(IndexError):
-        last_hidden_states(model, Sequences(texts.input_ids + 10**6, texts.attention_mask))
+        last_hidden_states(model, real_tokens(texts.input_ids + 10**6, texts.attention_mask))
     assert len(model.get_output_embeddings()._forward_pre_hooks) == 0
 
 
@@ -360,7 +362,7 @@ def test_the_model_embeds_each_text_alone():
     assert np.allclose(together, np.concatenate([embed([t]) for t in texts]), atol=1e-5)
     one = tokenize(texts[:1], tokenizer)
     with torch.no_grad():
-        states = model(**vars(one), output_hidden_states=True).hidden_states[-1][0]
+        states = model(**one.inputs, output_hidden_states=True).hidden_states[-1][0]
     mean = states.mean(0)
     assert np.allclose(together[0], mean / mean.norm(), atol=1e-5)
 

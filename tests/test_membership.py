@@ -30,7 +30,7 @@ from icu_nb.evals.membership import (
     roc,
     usable_length,
 )
-from icu_nb.text import Sequences
+from icu_nb.text import real_tokens
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=10, max_size=30)  # integers: ties happen
 
@@ -39,7 +39,7 @@ def test_statistics_against_plain_sums():
     generator = torch.Generator().manual_seed(0)
     logits, ids = 3 * torch.randn(2, 6, 9, generator=generator), torch.randint(9, (2, 6), generator=generator)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    for b, row in enumerate(_token_statistics(logits, Sequences(ids, mask))):
+    for b, row in enumerate(_token_statistics(logits, real_tokens(ids, mask))):
         assert row.shape == (3, int(mask[b].sum()) - 1)
         for t in range(row.shape[1]):
             exps = [math.exp(x) for x in logits[b, t].tolist()]

@@ -344,7 +344,7 @@ def test_rmu_trains_no_layer_behind_its_own():
 @pytest.mark.parametrize("family", ["gpt_neo", "gpt2", "llama", "opt", "gemma2"])
 def test_states_of_a_layer_are_those_that_transformers_reports(family):
     model, texts = build(family), task().forget
-    wanted = model(**vars(texts), output_hidden_states=True).hidden_states[1]
+    wanted = model(**texts.inputs, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(_layer_states(model, texts, 0), wanted, rtol=0, atol=1e-12)
 
 
@@ -553,7 +553,7 @@ def test_a_task_vector_leads_to_the_tuned_model_and_back(tiny):
     from icu_nb.language_model import mean_token_nll
 
     def loss(model):
-        return mean_token_nll(model(**vars(tiny.sequences)).logits, **vars(tiny.sequences)).item()
+        return mean_token_nll(model(**tiny.sequences.inputs).logits, **tiny.sequences.inputs).item()
 
     model = tiny.copy()
     vector = task_vector(model, tiny.tokenizer, tiny.forget, epochs=2, learning_rate=1e-3, max_length=48)

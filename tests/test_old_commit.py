@@ -104,8 +104,8 @@ def test_perplexity_neighbors_and_thresholds(stored, tokenizer):
 def test_the_three_losses(stored, shaken, tokenizer):
     forget, neighbors = tokenize(texts("forget"), tokenizer, 72), task_of(stored, tokenizer).neighbors
     with torch.no_grad():
-        of_forget, of_neighbors = shaken(**vars(forget)).logits, shaken(**vars(neighbors)).logits
-        original = stored(**vars(neighbors)).logits
+        of_forget, of_neighbors = shaken(**forget.inputs).logits, shaken(**neighbors.inputs).logits
+        original = stored(**neighbors.inputs).logits
     found = {
         "unlearning": unlearning_loss(of_forget, forget.input_ids, forget.attention_mask).item(),
         "pair": pair_learning_loss(of_neighbors, neighbors.input_ids, neighbors.attention_mask).item(),

@@ -21,7 +21,7 @@ from icu_nb.iur import Thresholds, calibrate_thresholds, is_forgotten, select_pu
 from icu_nb.metrics import memorization_scores
 from icu_nb.objective import ICU, GradientAscent, Objective
 from icu_nb.result import UnlearnResult
-from icu_nb.text import Sequences, tokenize
+from icu_nb.text import tokenize
 from icu_nb.unlearn import unlearn
 
 HISTORY = [
@@ -132,7 +132,7 @@ def test_samples_have_a_row_per_sequence_and_epoch(tiny, three_epochs):
 def test_the_first_and_the_last_row_are_the_model_before_and_after(tiny, three_epochs):
     model, result = three_epochs
     for epoch, scored in ((0, tiny.model), (3, model)):
-        accuracy, likelihood = memorization_scores(scored, **vars(tiny.sequences))
+        accuracy, likelihood = memorization_scores(scored, **tiny.sequences.inputs)
         rows = result.samples[result.samples["epoch"] == epoch]
         assert rows["ma"].to_numpy() == pytest.approx(accuracy.numpy()) and rows[
             "el"
@@ -487,7 +487,7 @@ def test_ready_pairs_are_used(tiny, form):
     retain = tokenize(tiny.retain, tiny.tokenizer, 48).tokens()
     first = spy.batches[0]
     expected = [retain[j] for i in first.forget.rows.tolist() for j in given[i]]
-    trained = Sequences(first.neighbor.input_ids, first.neighbor.attention_mask).tokens()
+    trained = first.neighbor.sequences.tokens()
     assert trained == expected
 
 

@@ -39,7 +39,7 @@ from ..kui import unlearning_loss
 from ..metrics import memorization_accuracy
 from ..models.tiny import memorize, tiny_gpt_neo, train_tokenizer
 from ..paper.tables import significance
-from ..text import Sequences, containment, tokenize, word_ngrams
+from ..text import Sequences, containment, real_tokens, tokenize, word_ngrams
 from ..text_scores import distinct_n, sentence_bleu, token_entropy
 
 # %% ../../nbs/library/course/exercises.ipynb #15a00007
@@ -800,7 +800,7 @@ def _training_step() -> tuple:  # a model with random weights, and a Batch
     parts = []
     for seed in (3, 4):
         _, input_ids, mask = _padded_batch((6, 4), seed)
-        parts.append(Part(torch.arange(2), input_ids, mask))
+        parts.append(Part(torch.arange(2), real_tokens(input_ids, mask)))
     return tiny_gpt_neo(7, max_length=8, n_layers=2, hidden_size=8, n_heads=2), Batch(*parts)
 
 # %% ../../nbs/library/course/exercises.ipynb #73a17daf
@@ -982,14 +982,14 @@ def _unlearned() -> tuple:
     forget, strangers = (tokenize(part, tokenizer, 48) for part in (records[:16], records[16:32]))
 
     def accuracy(sequences):
-        return memorization_accuracy(model, **vars(sequences)).mean()
+        return memorization_accuracy(model, **sequences.inputs).mean()
 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     enough = accuracy(strangers)
     while accuracy(forget) > enough:
         batch = forget.to(model.device)
         optimizer.zero_grad()
-        unlearning_loss(model(**vars(batch)).logits, **vars(batch)).backward()
+        unlearning_loss(model(**batch.inputs).logits, **batch.inputs).backward()
         optimizer.step()
     return model.cpu().eval(), forget, strangers, enough.item()
 
@@ -1108,9 +1108,7 @@ def check_membership(
     "16 forgotten texts among 16 that the model never saw: an AUC of 0.9 or more."
     model, forget, strangers, _ = unlearned_model()
     order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
-    ids = torch.cat([forget.input_ids, strangers.input_ids])
-    mask = torch.cat([forget.attention_mask, strangers.attention_mask])
-    mixed = Sequences(ids[order], mask[order])
+    mixed = Sequences([*forget.rows, *strangers.rows])[order]
     scores = _call_answer(answer, model, mixed, like=torch.zeros(32), seconds=30).double()
     reached = auc(scores[order < 16], scores[order >= 16])
     assert reached > 0.2, (
@@ -1131,7 +1129,7 @@ def check_relearning(
     model, forget, *_ = unlearned_model()
 
     def accuracy(model):
-        return memorization_accuracy(model, **vars(forget[4:])).mean().item()
+        return memorization_accuracy(model, **forget[4:].inputs).mean().item()
 
     found = _call_answer(answer, model, forget[:4], like=model, seconds=60)
     before = accuracy(model)

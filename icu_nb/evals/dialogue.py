@@ -90,7 +90,7 @@ def _reply_losses(
     with evaluating(model):
         for k in range(0, len(rows), batch_size):
             batch = pad(rows[k : k + batch_size]).to(model.device)
-            nll, _ = token_losses(model(**vars(batch)).logits, **vars(batch))  # 0 where padded
+            nll, _ = token_losses(model(**batch.inputs).logits, **batch.inputs)  # 0 where padded
             for row, prompt in zip(nll, prompts[k : k + batch_size], strict=True):
                 sums.append(row[len(prompt) - 1 :].sum().item())
     return sums

@@ -44,7 +44,7 @@ def _token_statistics(
     p = log_p.exp()
     mean = (p * log_p).sum(-1)
     deviation = (p * (log_p - mean[..., None]) ** 2).sum(-1).sqrt()
-    true = -token_losses(logits, **vars(batch))[0]
+    true = -token_losses(logits, **batch.inputs)[0]
     rows = torch.stack([true, mean, deviation], 1).cpu().double().numpy()
     return [row[:, : n - 1] for row, n in zip(rows, batch.lengths.tolist(), strict=True)]
 
@@ -80,7 +80,7 @@ def _token_evidence(
     with evaluating(model):
         for batch in sequences.batches(batch_size):
             batch = batch.to(model.device)
-            rows += _token_statistics(model(**vars(batch), use_cache=False).logits, batch)
+            rows += _token_statistics(model(**batch.inputs, use_cache=False).logits, batch)
     return rows
 
 
@@ -99,9 +99,8 @@ def _gradient_norms(
     norms = []
     with evaluating(model), torch.enable_grad():
         for one in sequences.batches(1):
-            length = one.lengths[0]
-            batch = Sequences(one.input_ids[:, :length], one.attention_mask[:, :length]).to(model.device)
-            loss = mean_token_nll(model(**vars(batch), use_cache=False).logits, **vars(batch))
+            batch = one.to(model.device)
+            loss = mean_token_nll(model(**batch.inputs, use_cache=False).logits, **batch.inputs)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             norms.append(torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item())
     return np.array(norms)

@@ -33,7 +33,7 @@ def per_token(
     *outputs: _Output,  # of the model, then of other models: [B, T, ...] each
 ) -> torch.Tensor:  # [B, T-1]; 0 where no token is predicted
     "A number for every next token; no more logits than a chunk of positions at a time."
-    predicted = predicted_positions(part.attention_mask)
+    predicted = predicted_positions(part.loss_mask)
     rows = predicted.flatten().nonzero()[:, 0]
     heads = [head for _, head in outputs]
 
@@ -71,7 +71,7 @@ def token_log_probs(
     states, head, _ = states_or_logits(model, batch.together(*names))
     parts = [getattr(batch, name) for name in names]
     by_part = states.split([len(part.rows) for part in parts])
-    return [per_token(log_p, part, (rows, head)) for part, rows in zip(parts, by_part, strict=True)]
+    return [per_token(log_p, part, (part.cut(rows), head)) for part, rows in zip(parts, by_part, strict=True)]
 
 # %% ../../nbs/library/methods/losses.ipynb #1b5c78b6
 def original_output(
@@ -101,4 +101,4 @@ def token_mean(
     part: Part,  # its sequences
 ) -> torch.Tensor:  # scalar
     "The mean over the tokens of a part, so that the pieces of a step add up to the step."
-    return part.weight * values.sum() / predicted_positions(part.attention_mask).sum().clamp(min=1)
+    return part.weight * values.sum() / predicted_positions(part.loss_mask).sum().clamp(min=1)

@@ -113,10 +113,12 @@ def _mismatched(model: "PreTrainedModel | PeftModel", batch: Batch) -> torch.Ten
     f, r = batch.forget, batch.neighbor
     k = len(r.rows) // len(f.rows)  # row i's neighbors stand side by side
     states, head, _ = states_or_logits(model, batch.together("forget"))
-    mask = r.attention_mask & f.attention_mask.repeat_interleave(k, 0)
-    pairs = Part(r.rows, r.input_ids, mask)
-    values = per_token(log_p, pairs, (states.repeat_interleave(k, 0), head))
-    return -(values.sum(1) / predicted_positions(mask).sum(1).clamp(min=1)).mean()
+    lengths = f.sequences.lengths.repeat_interleave(k).tolist()
+    prompts = torch.maximum(r.sequences.prompt_lengths, f.sequences.prompt_lengths.repeat_interleave(k))
+    rows = [row[:length] for row, length in zip(r.sequences.rows, lengths, strict=True)]
+    pairs = Part(r.rows, Sequences(rows, prompts.tolist(), device=r.sequences.device))
+    values = per_token(log_p, pairs, (pairs.cut(states.repeat_interleave(k, 0)), head))
+    return -(values.sum(1) / predicted_positions(pairs.loss_mask).sum(1).clamp(min=1)).mean()
 
 # %% ../../nbs/library/methods/objectives.ipynb #f4adde0b
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class SimNPO(_NumericObjective):
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         f, r = token_log_probs(model, batch, "forget", "neighbor")
-        mean = f.sum(1) / predicted_positions(batch.forget.attention_mask).sum(1).clamp(min=1)
+        mean = f.sum(1) / predicted_positions(batch.forget.loss_mask).sum(1).clamp(min=1)
         return {
             "l_fgt": -2 / self.beta * self.weight * F.logsigmoid(-self.beta * mean - self.gamma).mean(),
             "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
@@ -286,7 +288,7 @@ def _distance(states: torch.Tensor, target: torch.Tensor, part: Part) -> torch.T
     "Mean squared distance of states [B, T, H] from a target, over hidden units and all tokens but the last."
     difference = (states - target)[:, :-1]
     squared = difference.to(torch.promote_types(states.dtype, torch.float32)).square().mean(-1)
-    return token_mean(squared * predicted_positions(part.attention_mask), part)
+    return token_mean(squared * predicted_positions(part.loss_mask), part)
 
 # %% ../../nbs/library/methods/objectives.ipynb #bfa4cc0e
 @dataclass(frozen=True)
@@ -311,6 +313,7 @@ class RMU(_NumericObjective):
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         states = _layer_states(model, batch.together("forget", "neighbor"), self.layer)
         f, r = states.split([len(batch.forget.rows), len(batch.neighbor.rows)])
+        f, r = batch.forget.cut(f), batch.neighbor.cut(r)
         r0 = reference.apply(
             lambda original, sequences: _layer_states(original, sequences, self.layer),
             batch.together("neighbor"),

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
-from ..text import Sequences
+from ..text import Sequences, pad
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -86,11 +86,10 @@ def linear_head(
     if type(head) is not torch.nn.Linear:
         return None
     if head not in _alone:  # two tokens will tell
-        ids = torch.tensor([[0, 1]], device=head.weight.device)
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            _up_to_head(model, head, Sequences(ids, torch.ones_like(ids)))
+            _up_to_head(model, head, pad([[0, 1]]).to(head.weight.device))
         model.train(was_training)
     return head if _alone[head] else None
 

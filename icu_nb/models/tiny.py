@@ -115,7 +115,7 @@ def make_train_step(
 
     def step(batch: Sequences) -> float:
         batch = batch.to(model.device)
-        loss = mean_token_nll(model(**vars(batch)).logits, **vars(batch))
+        loss = mean_token_nll(model(**batch.inputs).logits, **batch.inputs)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -92,8 +92,8 @@ def _divergence(
         for batch in sequences.batches(16):
             batch = batch.to(model.device)
             n = int((batch.lengths - 1).sum())
-            logits = model(**vars(batch)).logits
-            total += n * kl_loss(logits, other(**vars(batch)).logits, batch.attention_mask).item()
+            logits = model(**batch.inputs).logits
+            total += n * kl_loss(logits, other(**batch.inputs).logits, batch.attention_mask).item()
             count += n
     return total / count
 

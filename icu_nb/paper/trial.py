@@ -223,7 +223,7 @@ def _scaled_task_vector(trial: Trial, setup: Setup) -> Outcome:
         return model
 
     def reaches(part: float) -> bool:
-        return bool(memorization_accuracy(minus(part), **vars(sequences)).mean() <= goal)
+        return bool(memorization_accuracy(minus(part), **sequences.inputs).mean() <= goal)
 
     low, high = 0.0, 1.0
     if reaches(high):
