@@ -80,7 +80,7 @@ class ICUConfig:
     n_neighbors: int = _setting(1, "neighbors per forget text")
     max_overlap: float = _setting(
         0.5,
-        "nearer neighbors, by shared 10-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
+        "nearer neighbors, by shared n-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
     )
     max_grad_norm: float | None = _setting(
         1.0, "gradients are clipped to this norm; None: they are not clipped, as in the paper's code"
