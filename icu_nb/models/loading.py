@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from ..errors import InputError, first_line, require
+from ..errors import InputError, first_line, require, require_number
 from ..plumbing import best_device
 from ..text import pad_id
 
@@ -261,13 +261,8 @@ def _lora_config(model: "PreTrainedModel", rank: int | bool) -> "LoraConfig":
     "The settings of an adapter of that rank; True: rank 8."
     from peft import LoraConfig
 
-    require(
-        isinstance(rank, int) and rank >= 1,
-        "lora",
-        f"{rank!r} is no rank",
-        "Give True, a whole number from 1, or a peft.LoraConfig",
-    )
     rank = 8 if rank is True else rank
+    rank = require_number("lora", rank, 1, whole=True, otherwise="True, a peft.LoraConfig, or ")
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's matrices
     settings: dict[str, Any] = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
     return LoraConfig(r=rank, lora_alpha=2 * rank, **settings)
