@@ -80,7 +80,7 @@ class ICUConfig:
     n_neighbors: int = _setting(1, "neighbors per forget text")
     max_overlap: float = _setting(
         0.5,
-        "nearer neighbors, by shared 10-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
+        "nearer neighbors, by shared n-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
     )
     max_grad_norm: float = _setting(
         1.0, "gradients are clipped to this norm (ours; the paper's code does not clip)"
@@ -93,6 +93,9 @@ class ICUConfig:
     check_every: int = _setting(1, "epochs from one check to the next; the last epoch is always checked")
     check_steps: int | None = _setting(
         None, "also test the thresholds after every so many steps within an epoch"
+    )
+    checkpoint_every: int = _setting(
+        1, "epochs from one checkpoint to the next; the last epoch is always written"
     )
     eval_batch_size: int = _setting(
         64, "sequences per forward pass where nothing is trained; halved while memory does not suffice"
@@ -121,7 +124,16 @@ class ICUConfig:
 # Around `__init__`, whose signature help and completion go on showing.
 ICUConfig.__init__ = refuses_old_names(ICUConfig.__init__)  # type: ignore[method-assign]
 
-_COUNTS = ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "check_every", "eval_batch_size")
+_COUNTS = (
+    "batch_size",
+    "max_epochs",
+    "el_n",
+    "n_neighbors",
+    "num_beams",
+    "check_every",
+    "checkpoint_every",
+    "eval_batch_size",
+)
 
 
 def _require_integer(name: str, value: Any, least: int, otherwise: str = "") -> None:

@@ -479,7 +479,7 @@ BAD = {
     "another kind of file": ({"retain": "texts.pdf"}, "--retain: files ending in '.pdf'"),
     "malformed": ({"forget": "malformed.jsonl"}, "--forget: malformed.jsonl .*line 3"),
     "no column": ({"column": "body"}, "--forget: none of the 1 columns is called 'body'"),
-    "no text": ({"forget": "numbers.jsonl"}, r"--forget: no text.*\[1\]"),
+    "no text": ({"forget": "numbers.jsonl"}, r"--forget: no text.*line \[2\]"),
     "too short": ({"max_length": 30}, "--forget.*40 tokens"),
     "no rank": ({"lora": 0}, "--lora: 0 is no rank"),
     "below a file": ({"out": "numbers.jsonl/out"}, "--out: .*cannot be written"),
@@ -491,7 +491,7 @@ BAD = {
         "--heldout: 2 of its texts also stand in --forget",
     ),
     "a line that is null": ({"forget": "null.jsonl"}, "--forget: null.jsonl .*line 2"),
-    "half a character": ({"retain": "half.jsonl"}, r"--retain: half a character .*\[1\]"),
+    "half a character": ({"retain": "half.jsonl"}, r"--retain: half a character .*line \[2\]"),
     "holds an embedder": (
         {"out": "used", "overwrite": True, "embedder": "used/embedder"},
         "--out: used holds what --embedder named",

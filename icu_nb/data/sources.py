@@ -24,7 +24,7 @@ def _own_corpus(
 ) -> Corpus:
     "Your own texts, split into forget, held-out (as many) and retain (the rest)."
     require(n_forget >= 1, "n_forget", f"{n_forget} texts are asked for", "Ask for at least 1")
-    texts = list(dict.fromkeys(read_texts(source)))
+    texts = list(dict.fromkeys(read_texts(source, argument="dataset")))
     require(
         len(texts) >= 3 * n_forget,
         "n_forget",
@@ -36,7 +36,7 @@ def _own_corpus(
     heldout = deduplicate(heldout, forget + retain + general_train)
     require(
         len(heldout) > 0,
-        "source",
+        "dataset",
         "every held-out text repeats a text that the model is trained on",
         "Give texts that differ more",
     )

@@ -26,7 +26,7 @@ from ..errors import DownloadError, InputError, first_line, require
 from ..language_model import context_length, evaluating
 from ..models.tiny import recipe_key
 from ..plumbing import cache_dir, require_package
-from ..text import read_table
+from ..tables import read_table
 
 if TYPE_CHECKING:
     from peft import PeftModel
