@@ -70,9 +70,8 @@ def calibrate_thresholds(
     problem = f"texts {long[:5]} are longer than the model's context of {context} tokens"
     require(not long, "heldout", problem, "Set max_length, or cut them")
     el_positions(lengths, el_n, el_start, "heldout", "el_")
-    ids, mask = sequences.input_ids, sequences.attention_mask
     accuracy, likelihood = memorization_scores(
-        model, ids, mask, n=el_n, start=el_start, batch_size=batch_size
+        model, sequences, n=el_n, start=el_start, batch_size=batch_size
     )
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
 
@@ -89,9 +88,8 @@ def score_forget_set(
     batch_size: int = 32,  # sequences per forward pass
 ) -> pd.DataFrame:  # a row per sequence: id, ma, el, bleu, bert_f1, entropy, distinct, continuation
     "Every forget sequence checked: its MA and EL, the continuation of its prompt, and the scores of that."
-    ids, mask = sequences.input_ids, sequences.attention_mask
-    accuracy, likelihood = memorization_scores(model, ids, mask, n=n, start=start, batch_size=batch_size)
-    prompts, suffixes = prompt_suffix(sequences)
+    accuracy, likelihood = memorization_scores(model, sequences, n=n, start=start, batch_size=batch_size)
+    prompts, suffixes = prompt_suffix(sequences, tokenizer)
     lengths = [len(suffix) for suffix in suffixes]
     how = {"pad_token_id": pad_id(tokenizer), "num_beams": num_beams, "batch_size": batch_size}
     tokens = generate_continuations(model, prompts, lengths, **how)
