@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['check_texts', 'read_texts', 'Sequences', 'pad', 'mask_prompts', 'real_tokens', 'pad_id', 'tokenize', 'prompt_suffix',
-           'el_positions', 'word_ngrams', 'containment', 'deduplicate']
+           'el_positions', 'word_ngrams', 'containment', 'Repeats', 'deduplicate']
 
 # %% ../nbs/library/text.ipynb #00b00004
 import functools
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import require
+from .errors import require, require_number
 from .tables import read_table
 
 if TYPE_CHECKING:
@@ -237,12 +240,7 @@ def el_positions(
 ) -> list[int]:
     "The first offset of each sequence, or one clear error when EL_n is not defined there."
     n_name, start_name = f"{prefix}n", f"{prefix}start"
-    require(
-        isinstance(n, int) and n > 0,
-        n_name,
-        f"{n!r} is not a positive integer",
-        f"The paper uses {n_name}=10",
-    )
+    n = require_number(n_name, n, 1, whole=True)
     if start is None:
         short = [i for i, length in enumerate(lengths) if length < 4 * n]
         require(
@@ -252,12 +250,7 @@ def el_positions(
             f"Use a smaller {n_name} or longer texts",
         )
         return [3 * length // 4 for length in lengths]
-    require(
-        isinstance(start, int) and start >= 1,
-        start_name,
-        f"{start!r} is not a positive integer",
-        "Position 0 has nothing in front of it; start at 1 or later",
-    )
+    start = require_number(start_name, start, 1, whole=True)  # position 0 has nothing in front of it
     short = [i for i, length in enumerate(lengths) if length - start < n]
     require(
         not short,
@@ -268,14 +261,24 @@ def el_positions(
     return [start] * len(lengths)
 
 # %% ../nbs/library/text.ipynb #53a85c23
+def _folded(text: str) -> str:
+    "Without differences of case, width and ligatures."
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def _words(text: str) -> tuple[str, ...]:
+    "Words and punctuation marks."
+    return tuple(re.findall(r"\w+|[^\w\s]", _folded(text)))
+
+
 def word_ngrams(
     text: str,  # any text
     n: int = 10,  # words per n-gram; a shorter text is one n-gram
 ) -> set[tuple[str, ...]]:
     "The different n-grams of words and punctuation marks of `text`."
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    words = _words(text)
     size = min(n, max(len(words), 1))
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+    return {words[i : i + size] for i in range(len(words) - size + 1)}
 
 # %% ../nbs/library/text.ipynb #ea5cef92
 def containment(
@@ -285,12 +288,113 @@ def containment(
     "The share of one text's n-grams that stand in the other, in [0, 1]."
     return len(text_ngrams & other_ngrams) / max(len(text_ngrams), 1)
 
+# %% ../nbs/library/text.ipynb #4d508039
+_WITHOUT_SPACES = re.compile(
+    r"[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"  # Thai, Lao, Tibetan; Burmese; Khmer; kana; Chinese characters
+)
+
+
+class _LettersAndDigits(dict):
+    "For `str.translate`: letters with their accents and digits stay, all else goes."
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = code if unicodedata.category(chr(code))[0] in "LMN" else None
+        return self[code]
+
+
+_letters_and_digits = _LettersAndDigits()
+
+
+def _letters(text: str) -> str:
+    "Letters and digits, one after another."
+    return _folded(text).translate(_letters_and_digits)
+
+
+def _characters(text: str) -> str:
+    "All but spaces, for texts of signs alone."
+    return "".join(_folded(text).split())
+
+
+def _unit(text: str) -> tuple[Callable[[str], Sequence], int]:
+    "By what a text is compared: n-grams of words or of letters, and their n."
+    letters = _letters(text)
+    if not letters:
+        return _characters, min(20, len(_characters(text)))
+    if 2 * len(_WITHOUT_SPACES.findall(letters)) > len(letters):
+        return _letters, min(20, len(letters))
+    units = _words(text)
+    words = sum(unit[0].isalnum() for unit in units)
+    if len(units) < 10 or (words < 10 and len(letters) <= 60):  # about ten words
+        return _letters, min(60, len(letters))
+    return _words, 10
+
+
+def _hashed_ngrams(text: str, split: Callable[[str], Sequence], n: int) -> np.ndarray:
+    "Hashes of the different n-grams, int64; a text shorter than n has none."
+    units = split(text)
+    hashes = {hash(units[i : i + n]) for i in range(len(units) - n + 1)} if n else ()
+    return np.fromiter(hashes, dtype=np.int64)
+
+# %% ../nbs/library/text.ipynb #3bc2fad7
+class Repeats:
+    "Which of some texts another text repeats: those of whose n-grams it holds more than `max_overlap`."
+
+    def __init__(
+        self,
+        texts: Sequence[str],  # that must not be repeated
+        max_overlap: float = 0.5,  # the share of a text's n-grams that another one may hold; 1.0: all
+    ):
+        self._max_overlap = max_overlap
+        self._sizes = np.ones(len(texts))  # n-grams of each text
+        rows = defaultdict(list)
+        for row, text in enumerate(texts if max_overlap < 1 else ()):
+            rows[_unit(text)].append(row)
+        self._hashes = {}  # unit -> hashes in order, and where they begin in `_owners`
+        owners = [np.empty(0, dtype=np.int64)]
+        for unit, members in rows.items():
+            hashes = [_hashed_ngrams(texts[row], *unit) for row in members]
+            self._sizes[members] = [max(len(own), 1) for own in hashes]
+            owner = np.repeat(members, [len(own) for own in hashes])
+            flat = np.concatenate(hashes)
+            order = flat.argsort()
+            self._hashes[unit] = flat[order], sum(map(len, owners))
+            owners.append(owner[order])
+        self._owners = np.concatenate(owners)
+
+    def __call__(
+        self,
+        text: str,  # may repeat some of them
+    ) -> list[int]:  # the rows of those that it repeats
+        "Compare one text with all."
+        return self._repeated(self._places(text)).nonzero()[0].tolist()
+
+    def _places(self, text: str) -> np.ndarray:
+        "Where in `_owners` the n-grams of a text stand."
+        places = [np.empty(0, dtype=np.int64)]
+        for unit, (hashes, begin) in self._hashes.items():
+            own = _hashed_ngrams(text, *unit)
+            left, right = np.searchsorted(hashes, own), np.searchsorted(hashes, own, side="right")
+            found = left < right
+            places += map(np.arange, begin + left[found], begin + right[found])
+        return np.concatenate(places)
+
+    def _repeated(self, places: np.ndarray) -> np.ndarray:
+        "Bool [n]: for which texts these n-grams are too large a share."
+        shared = np.bincount(self._owners[places], minlength=len(self._sizes))
+        return shared / self._sizes > self._max_overlap
+
 # %% ../nbs/library/text.ipynb #9a1c4ddb
 def deduplicate(
     texts: list[str],  # candidates, for example for the held-out set
     against: Iterable[str],  # texts they must not repeat
-    max_overlap: float = 0.5,  # a candidate with a larger share of known 10-grams is dropped
+    max_overlap: float = 0.5,  # a candidate with a larger share of known n-grams is dropped
 ) -> list[str]:
     "The `texts` that neither repeat one another nor stand, for more than `max_overlap`, in `against`."
-    known: set[tuple[str, ...]] = set().union(*map(word_ngrams, against))
-    return [text for text in dict.fromkeys(texts) if containment(word_ngrams(text), known) <= max_overlap]
+    texts = list(dict.fromkeys(texts))
+    index = Repeats(texts, max_overlap)
+    known = np.zeros(len(index._owners), dtype=bool)
+    for text in against:
+        known[index._places(text)] = True
+    dropped = index._repeated(known.nonzero()[0])
+    return [text for text, drop in zip(texts, dropped, strict=True) if not drop]
