@@ -198,13 +198,11 @@ def _read_option(args: argparse.Namespace, name: str) -> list[str] | None:
     if path is None:
         return None
     try:
-        texts = read_texts(path, args.column)
+        texts = read_texts(path, args.column, name)
     except OSError as error:
         raise InputError(
             f"`{name}`: {path} cannot be read ({error.strerror}). Name a file that can."
         ) from error
-    except InputError as error:  # it does not know which of the files it was
-        raise InputError(re.sub("^`(source|column)`", f"`{name}`", str(error))) from error
     different = list(dict.fromkeys(texts))
     if len(different) < len(texts):
         _tell(f"--{name}: {len(texts) - len(different)} duplicates left out, {len(different)} texts remain")
