@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import require
+from .errors import require, require_number
 from .tables import read_table
 
 if TYPE_CHECKING:
@@ -240,12 +240,7 @@ def el_positions(
 ) -> list[int]:
     "The first offset of each sequence, or one clear error when EL_n is not defined there."
     n_name, start_name = f"{prefix}n", f"{prefix}start"
-    require(
-        isinstance(n, int) and n > 0,
-        n_name,
-        f"{n!r} is not a positive integer",
-        f"The paper uses {n_name}=10",
-    )
+    n = require_number(n_name, n, 1, whole=True)
     if start is None:
         short = [i for i, length in enumerate(lengths) if length < 4 * n]
         require(
@@ -255,12 +250,7 @@ def el_positions(
             f"Use a smaller {n_name} or longer texts",
         )
         return [3 * length // 4 for length in lengths]
-    require(
-        isinstance(start, int) and start >= 1,
-        start_name,
-        f"{start!r} is not a positive integer",
-        "Position 0 has nothing in front of it; start at 1 or later",
-    )
+    start = require_number(start_name, start, 1, whole=True)  # position 0 has nothing in front of it
     short = [i for i, length in enumerate(lengths) if length - start < n]
     require(
         not short,
