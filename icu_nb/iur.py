@@ -110,14 +110,25 @@ def score_forget_set(
 # %% ../nbs/learn/06_iur.ipynb #ef79d7c4
 def is_forgotten(
     scores: pd.DataFrame,  # from `score_forget_set`
-    thresholds: Thresholds,  # bleu, bert_f1 and rule are used
+    thresholds: Thresholds,  # bleu, bert_f1 and rule are used; ma and el where BLEU is not defined
 ) -> np.ndarray:  # bool [n]
     "Which sequences count as forgotten: BLEU or (rule 'all': and) BERTScore F1 is under its threshold."
-    bleu = (scores["bleu"] < thresholds.bleu).to_numpy()
-    if scores["bert_f1"].isna().all():  # there was no encoder
-        return bleu
+    forgotten = (scores["bleu"] < thresholds.bleu).to_numpy(copy=True)
     bert = (scores["bert_f1"] < thresholds.bert_f1).to_numpy()
-    return bleu | bert if thresholds.rule == "any" else bleu & bert
+    if scores["bert_f1"].notna().any():  # there is an encoder
+        forgotten = forgotten | bert if thresholds.rule == "any" else forgotten & bert
+    undefined = _bleu_undefined(scores)
+    if undefined.any():
+        forgotten[undefined] = ~select_icu(scores[undefined], thresholds)
+    return forgotten
+
+
+def _bleu_undefined(scores: pd.DataFrame) -> np.ndarray:
+    "Where there is a continuation and no BLEU: the truth has fewer than four words."
+    undefined = scores["bleu"].isna()
+    if "continuation" in scores:  # without one BLEU is only not known
+        undefined &= scores["continuation"].notna()
+    return undefined.to_numpy()
 
 # %% ../nbs/learn/06_iur.ipynb #f2019b57
 def thresholds_met(
