@@ -121,7 +121,7 @@ def check_choice(
     max_overlap: float,  # share of n-grams
 ) -> None:
     "Raise `InputError` where no neighbors can be chosen, before anything is embedded."
-    require(isinstance(k, int) and k >= 1, "k", f"{k!r} is not a positive integer", "The paper uses k=1")
+    require_number("k", k, 1, whole=True)
     few = f"{len(retain)} texts are fewer than k={k}"
     require(len(retain) >= k, "retain", few, "Give more texts or a smaller k")
     require_number("max_overlap", max_overlap, high=1.0)

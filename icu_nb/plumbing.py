@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 
-from .errors import ICUError, require
+from .errors import ICUError, require_number
 
 # %% ../nbs/library/plumbing.ipynb #880ffc93
 # Without ipywidgets tqdm draws plain bars; that is fine and needs no warning in every notebook.
@@ -38,13 +38,7 @@ def seed_everything(
     seed: int = 0,  # from 0 to 2**32 - 1, NumPy's range
 ) -> None:
     "Seed Python, NumPy and PyTorch, on every device."
-    require(
-        isinstance(seed, int) and 0 <= seed < 2**32,
-        "seed",
-        f"{seed!r} is not a whole number from 0 to 2**32 - 1",
-        "Give for example seed=0",
-    )
-    transformers.set_seed(seed)
+    transformers.set_seed(require_number("seed", seed, high=2**32 - 1, whole=True))
 
 # %% ../nbs/library/plumbing.ipynb #fb55cad5
 def best_device() -> torch.device:

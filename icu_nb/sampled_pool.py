@@ -55,7 +55,9 @@ def sample_pool(
     batch_size: int = 64,  # texts at a time; fewer where memory does not suffice
 ) -> list[str]:  # n different texts
     "A retain pool where there is none: texts sampled from the model itself."
-    require(isinstance(n, int) and n >= 1, "n", f"{n!r} is not a positive integer", "Give 1 or more")
+    n = require_number("n", n, 1, whole=True)
+    max_length = require_number("max_length", max_length, 1, whole=True)
+    seed = require_number("seed", seed, whole=True)
     context = context_length(model)
     problem = f"{max_length} tokens are more than the model's context of {context}"
     require(max_length <= context, "max_length", problem, "Set a smaller max_length")

@@ -481,7 +481,7 @@ BAD = {
     "no column": ({"column": "body"}, "--forget: none of the 1 columns is called 'body'"),
     "no text": ({"forget": "numbers.jsonl"}, r"--forget: no text.*line \[2\]"),
     "too short": ({"max_length": 30}, "--forget.*40 tokens"),
-    "no rank": ({"lora": 0}, "--lora: 0 is no rank"),
+    "no rank": ({"lora": 0}, "--lora: 0 is not a whole number at least 1"),
     "below a file": ({"out": "numbers.jsonl/out"}, "--out: .*cannot be written"),
     "a file": ({"out": "numbers.jsonl"}, "--out: .*no name of a folder"),
     "no name": ({"out": "."}, "--out"),
