@@ -49,9 +49,9 @@ def refuses_old_names(
     return checked
 
 # %% ../nbs/library/config.ipynb #ea2a83de
-def _setting(default: Any, about: str) -> Any:
-    "A field with its help text, which `icu-unlearn --help` shows too."
-    return field(default=default, metadata={"help": about})
+def _setting(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
+    "A field with its help text, which `icu-unlearn --help` shows too, and the words that it may be."
+    return field(default=default, metadata={"help": about, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ class ICUConfig:
     stop: str = _setting(
         "thresholds",
         'when both thresholds are met (ours); "all_forgotten": also when no text is left, as the authors do',
+        choices=("thresholds", "all_forgotten"),
+    )
+    check: str = _setting(
+        "staged",
+        "MA of all texts, the rest only where it selects texts or may end the run, and all at the last check;"
+        ' "full": MA, EL and continuations of all texts at every check',
+        choices=("staged", "full"),
+    )
+    check_sample: int = _setting(
+        512, "a staged check measures EL of at most so many texts, a random sample, until the run may end"
     )
     check_every: int = _setting(1, "epochs from one check to the next; the last epoch is always checked")
     check_steps: int | None = _setting(
@@ -108,8 +118,10 @@ class ICUConfig:
             if getattr(self, name) is not None:
                 _require_integer(name, getattr(self, name), 1, "None, or ")
         _require_integer("seed", self.seed, 0)
-        stops = ("thresholds", "all_forgotten")
-        require(self.stop in stops, "stop", f"{self.stop!r} is not known", f"Use one of {', '.join(stops)}")
+        _require_integer("check_sample", self.check_sample, 2)
+        for name in ("stop", "check"):
+            value, known = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
+            require(value in known, name, f"{value!r} is not known", f"Use one of {', '.join(known)}")
 
     @classmethod
     def paper(cls) -> "ICUConfig":
