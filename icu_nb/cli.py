@@ -155,8 +155,9 @@ def _setting_option(name: str) -> tuple[str, dict[str, Any]]:
     kind = typing.get_type_hints(ICUConfig)[name]
     if kind is bool:
         return about, {"action": "store_true"}
-    if field.metadata["choices"]:
-        return about, {"choices": field.metadata["choices"], "default": field.default}
+    words = [word for word in field.metadata["choices"] if word]
+    if words:
+        return about, {"choices": words, "default": field.default}
     number = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     return about, {"type": number, "default": field.default, "metavar": "X" if number is float else "N"}
 
@@ -203,13 +204,11 @@ def _read_option(args: argparse.Namespace, name: str) -> list[str] | None:
     if path is None:
         return None
     try:
-        texts = read_texts(path, args.column)
+        texts = read_texts(path, args.column, name)
     except OSError as error:
         raise InputError(
             f"`{name}`: {path} cannot be read ({error.strerror}). Name a file that can."
         ) from error
-    except InputError as error:  # it does not know which of the files it was
-        raise InputError(re.sub("^`(source|column)`", f"`{name}`", str(error))) from error
     different = list(dict.fromkeys(texts))
     if len(different) < len(texts):
         _tell(f"--{name}: {len(texts) - len(different)} duplicates left out, {len(different)} texts remain")

@@ -37,7 +37,8 @@ class Thresholds:
 
     def __post_init__(self):
         for name in ("bleu", "bert_f1", "ma", "el"):
-            require_number(name, getattr(self, name), high=1.0)
+            number = require_number(name, getattr(self, name), high=1.0)
+            object.__setattr__(self, name, number)  # a plain one, for JSON; the class is frozen
         require(self.rule in ("any", "all"), "rule", f"{self.rule!r} is not known", 'Use "any" or "all"')
 
     @classmethod

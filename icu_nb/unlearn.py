@@ -131,14 +131,14 @@ def unlearn(
     alternatives: Any = None,  # a text per forget text to say instead, for objectives that ask for it (DPO)
     embedder: str | Path | Callable | None = None,  # an encoder, or texts -> [n, D]; None: the model itself
     encoder: str | Path | None = None,  # name or folder of an encoder for BERTScore; None: BLEU alone
-    checkpoint_dir: str | Path | None = None,  # a folder for a checkpoint per epoch; the last two are kept
+    checkpoint_dir: str | Path | None = None,  # a folder for checkpoints, at most two at a time
     resume_from_checkpoint: bool | str | Path = False,  # True: the newest, if any; `model` begins anew
     report_to: str | None = None,  # "tensorboard", "wandb" or another tracker of accelerate: a row per epoch
 ) -> UnlearnResult:
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
-    plugs = names_of(objective=objective, refinement=refinement, encoder=encoder and Path(encoder).name)
+    plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
     scorer = BERTScorer(str(encoder)) if encoder else None
     task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
     thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
@@ -159,4 +159,4 @@ def unlearn(
                     row.update(callback(model, row) or {})
                 progress.save(run, checkpoints)
                 reports.tell(row)
-    return run.result(model, progress, plugs)
+    return run.result(model, progress, names_of(**plugs))

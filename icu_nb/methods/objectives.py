@@ -46,7 +46,7 @@ class _NumericObjective(Objective):
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            require_number(name, value)
+            object.__setattr__(self, name, require_number(name, value))  # a plain one, for JSON
             allowed = value > 0 or name not in self.positive
             require(allowed, name, "the loss divides by it", "Give a number above 0")
 
