@@ -91,7 +91,8 @@ def _means(scores: pd.DataFrame) -> dict:
     check = scores["check"].iloc[0]
     if scores["el"].isna().any() and not check.startswith("sample"):  # those whose MA passes have the least
         means["el"] = math.nan
-    return {**means, "check": check}
+    undefined = int((scores["bleu"].isna() & scores["continuation"].notna()).sum())
+    return {**means, **({"bleu_undefined": undefined} if undefined else {}), "check": check}
 
 # %% ../nbs/library/result.ipynb #e0a73e63
 def before_and_after(
@@ -152,6 +153,10 @@ here. Passing these metrics is no proof of erasure in the sense of any law.
 
 Made on {machine}, {day}, with {versions}.
 """
+_BLEU_NOTE = """
+
+BLEU is not defined for {} of the texts, whose true continuations have fewer than four words between spaces.
+Its mean is over the others; wherever BLEU decides, MA and EL decide for these."""
 
 
 def _markdown_table(table: pd.DataFrame) -> str:
@@ -236,12 +241,18 @@ class UnlearnResult:
             how="\n".join(f"- {key}: {value}" for key, value in how.items()),
             message=self.message,
             epochs=int(self.history["epoch"].max()),
-            table=_markdown_table(table),
+            table=_markdown_table(table) + self._bleu_note(),
             version=versions["icu_nb"],
             machine=facts["provenance"]["machine"],
             day=f"{pd.Timestamp.now():%Y-%m-%d}",
             versions=" ".join(f"{key} {versions[key]}" for key in ("torch", "transformers")),
         )
+
+    def _bleu_note(self) -> str:
+        "A sentence on the texts that BLEU says nothing about, if there are any."
+        if "bleu_undefined" not in self.history:
+            return ""
+        return _BLEU_NOTE.format(int(self.history["bleu_undefined"].max()))
 
     def save_pretrained(
         self,
