@@ -193,7 +193,7 @@ def _find_neighbors(
     if isinstance(embedder, (str, Path)):
         embedder = sentence_embedder(embedder)
     elif embedder is None:
-        embedder = model_embedder(model, tokenizer, config.eval_batch_size)
+        embedder = model_embedder(model, tokenizer, config.eval_batch_size, config.precision)
 
     def second_halves(rows: list[list[int]]) -> list[str]:
         return tokenizer.batch_decode([row[len(row) // 2 :] for row in rows])

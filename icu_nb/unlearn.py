@@ -27,6 +27,7 @@ from .config import ICUConfig, refuses_old_names
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
 from .objective import ICU, Objective
 from .pairs import choose_thresholds, prepare_task
+from .plumbing import together
 from .result import UnlearnResult
 from icu_nb.run import (
     Reports,
@@ -95,14 +96,17 @@ def _next_epoch(
         progress.active = _refine(run, scores)
         progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
-    return progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    row["arithmetic"] = run.arithmetic.name
+    return row
 
 
 def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
     "Which sequences train next, bool [n]."
     if run.refinement is None:
         return np.full(len(scores), True)
-    return np.asarray(run.refinement(scores, run.thresholds), dtype=bool)
+    with together():
+        return np.asarray(run.refinement(scores, run.thresholds), dtype=bool)
 
 # %% ../nbs/learn/07_the_loop.ipynb #19440261
 @refuses_old_names
@@ -130,24 +134,28 @@ def unlearn(
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
     plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
-    scorer = BERTScorer(str(encoder)) if encoder else None
-    task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
-    thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
+    with together():
+        scorer = BERTScorer(str(encoder)) if encoder else None
+        task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
+        thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
     # The first process decides for all: others might round otherwise.
     task, thresholds = broadcast_object_list([task, thresholds])
     identity = partial(run_identity, model, task, config, thresholds, plugs)
-    checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
+    with together():
+        checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
+    progress = Progress(np.full(len(task.forget), True))
     run = Run(
         model, task, config, objective, thresholds, tokenizer, refinement, scorer, report_to, checkpoint_dir
     )
-    progress = Progress(np.full(len(task.forget), True))
-    with run.ending_well(model, progress):
-        progress.load(run, checkpoints, resume_from_checkpoint)
+    with run.ending_well(progress):
+        with together():
+            progress.load(run, checkpoints, resume_from_checkpoint)
         with Reports(run, report_to, progress.epoch) as reports:
             while progress.reason is None:
                 row = _next_epoch(run, progress)
-                if callback is not None:
-                    row.update(callback(model, row) or {})
+                with together():
+                    row.update(callback(model, row) or {} if callback else {})
                 progress.save(run, checkpoints)
-                reports.tell(row)
+                with together():
+                    reports.tell(row)
     return run.result(model, progress, names_of(**plugs))
