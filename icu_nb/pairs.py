@@ -24,6 +24,7 @@ from .errors import require
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
 from .tables import read_table
+from .plumbing import Arithmetic
 from .text import Sequences, check_texts, el_positions, pad, pad_id
 
 if TYPE_CHECKING:
@@ -295,13 +296,15 @@ def choose_thresholds(
             stacklevel=4,
         )
         return published
-    return calibrate_thresholds(
-        model,
-        tokenizer,
-        _read(heldout, tokenizer, "heldout")[0],
-        max_length=config.max_length,
-        el_n=config.el_n,
-        el_start=config.el_start,
-        el_floor=published.el,  # EL of texts never seen is almost 0
-        batch_size=config.eval_batch_size,
-    )
+    texts = _read(heldout, tokenizer, "heldout")[0]
+    with Arithmetic.of(model, config.precision).autocast():
+        return calibrate_thresholds(
+            model,
+            tokenizer,
+            texts,
+            max_length=config.max_length,
+            el_n=config.el_n,
+            el_start=config.el_start,
+            el_floor=published.el,  # EL of texts never seen is almost 0
+            batch_size=config.eval_batch_size,
+        )
