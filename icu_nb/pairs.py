@@ -23,8 +23,8 @@ from .embedding import Embedder, embed_checked, model_embedder, sentence_embedde
 from .errors import require
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
-from .tables import read_table
 from .plumbing import Arithmetic
+from .tables import read_table
 from .text import Sequences, check_texts, el_positions, pad, pad_id
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # %% ../nbs/library/result.ipynb #937b3702
 _METRICS = ["ma", "el", "bleu", "bert_f1"]
-_HISTORY = ["epoch", "loss", "l_fgt", "l_lrn", "l_kl", *_METRICS, "active", "seconds_train", "seconds_check"]
+_LOSSES = ["loss", "l_fgt", "l_lrn", "l_kl"]
+_HISTORY = ["epoch", *_LOSSES, *_METRICS, "active", "seconds_train", "seconds_check", "arithmetic"]
 _SAMPLES = ["epoch", "id", *_METRICS, "entropy", "distinct", "active", "continuation"]
 
 
