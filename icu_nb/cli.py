@@ -363,12 +363,13 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
             f"`out`: {out} cannot be written ({error.__cause__ or error}). Free some space, or mend or move"
             " the folder; then go on with --resume-from-checkpoint."
         ) from error
+    table = before_and_after(result.history, result.thresholds, result.went_on).loc[["ma", "el"]]
     summary = {
         "stop_reason": result.stop_reason,
         "message": result.message,
         "epochs": int(result.history["epoch"].max()),
         "texts": len(result.hashes),
-        **before_and_after(result.history, result.thresholds).loc[["ma", "el"]].to_dict(),
+        **table.astype(object).where(table.notna(), None).to_dict(),
         "out": str(out),
     }
     print(json.dumps(summary, indent=1))

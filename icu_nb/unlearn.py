@@ -95,7 +95,9 @@ def _next_epoch(
         progress.active = _refine(run, scores)
         progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
-    return progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    progress.steps = run.steps
+    return row
 
 
 def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
