@@ -71,9 +71,8 @@ def calibrate_thresholds(
     problem = f"texts {long[:5]} are longer than the model's context of {context} tokens"
     require(not long, "heldout", problem, "Set max_length, or cut them")
     el_positions(lengths, el_n, el_start, "heldout", "el_")
-    ids, mask = sequences.input_ids, sequences.attention_mask
     accuracy, likelihood = memorization_scores(
-        model, ids, mask, n=el_n, start=el_start, batch_size=batch_size
+        model, sequences, n=el_n, start=el_start, batch_size=batch_size
     )
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
 
@@ -90,9 +89,8 @@ def score_forget_set(
     batch_size: int = 32,  # sequences per forward pass
 ) -> pd.DataFrame:  # a row per sequence: id, ma, el, bleu, bert_f1, entropy, distinct, continuation
     "Every forget sequence checked: its MA and EL, the continuation of its prompt, and the scores of that."
-    ids, mask = sequences.input_ids, sequences.attention_mask
-    accuracy, likelihood = memorization_scores(model, ids, mask, n=n, start=start, batch_size=batch_size)
-    prompts, suffixes = prompt_suffix(sequences)
+    accuracy, likelihood = memorization_scores(model, sequences, n=n, start=start, batch_size=batch_size)
+    prompts, suffixes = prompt_suffix(sequences, tokenizer)
     lengths = [len(suffix) for suffix in suffixes]
     how = {"pad_token_id": pad_id(tokenizer), "num_beams": num_beams, "batch_size": batch_size}
     tokens = generate_continuations(model, prompts, lengths, **how)
@@ -112,14 +110,25 @@ def score_forget_set(
 # %% ../nbs/learn/06_iur.ipynb #ef79d7c4
 def is_forgotten(
     scores: pd.DataFrame,  # from `score_forget_set`
-    thresholds: Thresholds,  # bleu, bert_f1 and rule are used
+    thresholds: Thresholds,  # bleu, bert_f1 and rule are used; ma and el where BLEU is not defined
 ) -> np.ndarray:  # bool [n]
     "Which sequences count as forgotten: BLEU or (rule 'all': and) BERTScore F1 is under its threshold."
-    bleu = (scores["bleu"] < thresholds.bleu).to_numpy()
-    if scores["bert_f1"].isna().all():  # there was no encoder
-        return bleu
+    forgotten = (scores["bleu"] < thresholds.bleu).to_numpy(copy=True)
     bert = (scores["bert_f1"] < thresholds.bert_f1).to_numpy()
-    return bleu | bert if thresholds.rule == "any" else bleu & bert
+    if scores["bert_f1"].notna().any():  # there is an encoder
+        forgotten = forgotten | bert if thresholds.rule == "any" else forgotten & bert
+    undefined = _bleu_undefined(scores)
+    if undefined.any():
+        forgotten[undefined] = ~select_icu(scores[undefined], thresholds)
+    return forgotten
+
+
+def _bleu_undefined(scores: pd.DataFrame) -> np.ndarray:
+    "Where there is a continuation and no BLEU: the truth has fewer than four words."
+    undefined = scores["bleu"].isna()
+    if "continuation" in scores:  # without one BLEU is only not known
+        undefined &= scores["continuation"].notna()
+    return undefined.to_numpy()
 
 # %% ../nbs/learn/06_iur.ipynb #f2019b57
 def thresholds_met(

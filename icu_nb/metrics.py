@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import require
-from .language_model import context_length, evaluating, halving_batches, token_losses
+from icu_nb.language_model import (
+    context_length,
+    evaluating,
+    halving_batches,
+    predicted_positions,
+    token_losses,
+)
 from .models.rollouts import greedy_pass, needed_rollouts, roll_out
 from .text import Sequences, check_texts, el_positions, pad, pad_id, real_tokens, tokenize
 
@@ -25,22 +31,24 @@ def _matches(
     greedy: torch.Tensor,  # from `greedy_pass`
     batch: Sequences,  # the same batch
 ) -> torch.Tensor:  # float Tensor [B], on the CPU
-    "The share of real tokens after the first that are the greedy ones; 0 for a sequence of one token."
-    real = batch.attention_mask[:, 1:].bool()
-    hits = ((greedy == batch.input_ids)[:, 1:] & real).sum(1)
-    return hits.cpu().double() / real.sum(1).clamp(min=1).cpu()  # Apple's GPUs know no float64
+    "The share of tokens that count which are the greedy ones; 0 for a sequence of one token."
+    counts = predicted_positions(batch.loss_mask)
+    hits = ((greedy == batch.input_ids)[:, 1:] & counts).sum(1)
+    return hits.cpu().double() / counts.sum(1).clamp(min=1).cpu()  # Apple's GPUs know no float64
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #504602cb
 @halving_batches
 def memorization_accuracy(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
+    prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     batch_size: int = 32,  # sequences per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "MA: the share of tokens, the first left out, that the model ranks first given the true ones before."
-    sequences, scores = real_tokens(input_ids, attention_mask, context_length(model)), []
+    sequences = real_tokens(input_ids, attention_mask, context_length(model), prompt_lengths)
+    scores = []
     with evaluating(model):
         for batch in sequences.batches(batch_size):
             batch = batch.to(model.device)
@@ -83,16 +91,18 @@ def _el_from_rollouts(
 @halving_batches
 def memorization_scores(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
+    prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    start: int | None = None,  # EL's first offset; None: 3/4 of the real length
+    start: int | None = None,  # see `extraction_likelihood`
     batch_size: int = 32,  # sequences per forward pass; four times as many continuations
 ) -> tuple[torch.Tensor, torch.Tensor]:  # MA and EL_n: float Tensors [n] in [0, 1], on the CPU
     "MA and EL_n from one teacher-forced pass, with continuations only where the greedy token is wrong."
-    sequences = real_tokens(input_ids, attention_mask, context_length(model))
-    starts = el_positions(sequences.lengths.tolist(), n, start)
+    sequences = real_tokens(input_ids, attention_mask, context_length(model), prompt_lengths)
+    prompts = sequences.prompt_lengths.tolist()
+    starts = el_positions(sequences.lengths.tolist(), n, start, prompt_lengths=prompts)
     accuracy, likelihood = [], []
     with evaluating(model):
         for first in range(0, len(sequences), batch_size):
@@ -110,15 +120,19 @@ def memorization_scores(
 # %% ../nbs/learn/03_measuring_memory.ipynb #9e14e08e
 def extraction_likelihood(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
+    prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    start: int | None = None,  # first offset; None: 3/4 of the real length (150 of 200 in ICU; KUMPR: 1)
+    # First offset; None: 3/4 of the real length (150 of 200 in ICU; KUMPR: 1). Where there is a prompt it is
+    # counted from behind it, and None is the answer's first token.
+    start: int | None = None,
     batch_size: int = 32,  # sequences per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "EL_n: the share of n-grams of the true rest in greedy continuations, averaged over where they begin."
-    return memorization_scores(model, input_ids, attention_mask, n=n, start=start, batch_size=batch_size)[1]
+    options = {"prompt_lengths": prompt_lengths, "n": n, "start": start, "batch_size": batch_size}
+    return memorization_scores(model, input_ids, attention_mask, **options)[1]
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #03000402
 def _sliding_windows(

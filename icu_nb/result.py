@@ -54,6 +54,9 @@ class Log:
     ) -> dict:  # the new row of the history, which may be added to
         "Note one epoch; one without a check has no scores."
         means = {} if scores is None else scores[_METRICS].mean().to_dict()
+        if scores is not None:
+            undefined = int((scores["bleu"].isna() & scores["continuation"].notna()).sum())
+            means |= {"bleu_undefined": undefined} if undefined else {}
         self.epochs.append({"epoch": epoch, **losses, **means, "active": int(active.sum()), **seconds})
         if scores is not None:
             self.sequences.append(scores.assign(epoch=epoch, active=active))
@@ -143,6 +146,10 @@ here. Passing these metrics is no proof of erasure in the sense of any law.
 
 Made on {machine}, {day}, with {versions}.
 """
+_BLEU_NOTE = """
+
+BLEU is not defined for {} of the texts, whose true continuations have fewer than four words between spaces.
+Its mean is over the others; wherever BLEU decides, MA and EL decide for these."""
 
 
 def _markdown_table(table: pd.DataFrame) -> str:
@@ -239,13 +246,19 @@ class UnlearnResult:
             message=self.message,
             when=f"in epoch {epochs + 1}" if self.went_on else f"after epoch {epochs}",
             stored=_STORED.format(dtype=saved_as) if "16" in saved_as else "",
-            table=_markdown_table(table),
+            table=_markdown_table(table) + self._bleu_note(),
             unknown="" if is_known else _UNKNOWN.format(checked=checked),
             version=versions["icu_nb"],
             machine=facts["provenance"]["machine"],
             day=f"{pd.Timestamp.now():%Y-%m-%d}",
             versions=" ".join(f"{key} {versions[key]}" for key in ("torch", "transformers")),
         )
+
+    def _bleu_note(self) -> str:
+        "A sentence on the texts that BLEU says nothing about, if there are any."
+        if "bleu_undefined" not in self.history:
+            return ""
+        return _BLEU_NOTE.format(int(self.history["bleu_undefined"].max()))
 
     def save_pretrained(
         self,

@@ -7,6 +7,7 @@ __all__ = ['train_epoch', 'stop_reason', 'unlearn']
 
 # %% ../nbs/learn/07_the_loop.ipynb #08e567a9
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,17 @@ def stop_reason(
         return "all_forgotten" if epoch else "nothing_to_forget"
     return "max_epochs" if epoch >= config.max_epochs else None
 
+# %% ../nbs/learn/07_the_loop.ipynb #1e3e94ee
+def _warn_of_undefined_bleu(run: Run, row: dict) -> None:
+    "Say once for how many texts MA and EL decide where BLEU should."
+    by_bleu = run.refinement not in (None, select_icu) or run.config.stop == "all_forgotten"
+    if by_bleu and row.get("bleu_undefined") and run.rank == 0:
+        warnings.warn(
+            f"BLEU is not defined for {row['bleu_undefined']} forget texts: their true continuations have"
+            " fewer than four words between spaces. MA and EL decide for them.",
+            stacklevel=5,
+        )
+
 # %% ../nbs/learn/07_the_loop.ipynb #24d2c042
 def _next_epoch(
     run: Run,  # what it works with
@@ -97,6 +109,8 @@ def _next_epoch(
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
     row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
     progress.steps = run.steps
+    if progress.epoch == 0:
+        _warn_of_undefined_bleu(run, row)
     return row
 
 
