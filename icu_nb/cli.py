@@ -41,6 +41,8 @@ _SETTINGS = (
     "micro_batch_size",
     "gradient_checkpointing",
     "max_epochs",
+    "check",
+    "check_sample",
     "check_steps",
     "max_length",
     "el_n",
@@ -152,6 +154,9 @@ def _setting_option(name: str) -> tuple[str, dict[str, Any]]:
     kind = typing.get_type_hints(ICUConfig)[name]
     if kind is bool:
         return about, {"action": "store_true"}
+    words = [word for word in field.metadata["choices"] if word]
+    if words:
+        return about, {"choices": words, "default": field.default}
     number = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     return about, {"type": number, "default": field.default, "metavar": "X" if number is float else "N"}
 
