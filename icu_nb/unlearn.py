@@ -106,6 +106,7 @@ def _next_epoch(
         scores = _check(run, progress)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
     row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    progress.steps = run.steps
     if progress.epoch == 0:
         _warn_of_undefined_bleu(run, row)
     return row
