@@ -36,6 +36,7 @@ HISTORY = [
     "active",
     "seconds_train",
     "seconds_check",
+    "check",
     "arithmetic",
 ]
 SAMPLES = ["epoch", "id", "ma", "el", "bleu", "bert_f1", "entropy", "distinct", "active", "continuation"]
