@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -785,8 +787,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 @families
 def test_rollouts_do_not_copy_their_cache(family, monkeypatch):
     """Room for the whole continuation is made once: no layer of the cache is concatenated per token."""
-    if family == "gemma2":
-        pytest.skip("its sliding layers are served the plain way")
     model, texts, concatenated = build(family), sequences([12] * 3), []
     cat = torch.cat
     with evaluating(model):
@@ -805,19 +805,8 @@ def test_rollouts_do_not_copy_their_cache(family, monkeypatch):
 
 
 def test_a_model_without_a_cache_warns_once_per_run(tiny):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tiny.tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            sliding_window=8,
-            max_position_embeddings=64,
-        )
+    model = OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=len(tiny.tokenizer), n_embd=16, n_layer=1, n_head=1, n_positions=64)
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
