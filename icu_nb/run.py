@@ -28,8 +28,9 @@ from .checkpoint import Progress
 from .config import ICUConfig
 from .errors import NonFinite, require
 from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
+from .language_model import without_adapter
 from .metrics import memorization_accuracy
-from .models.loading import source_of
+from .models.loading import merge_lora, source_of
 from .models.memory import fuse_activations, recompute_layers
 from .objective import Objective, as_objective
 from .pairs import Task
@@ -103,6 +104,20 @@ def _arithmetic(model) -> str:
     return mixed_precision()
 
 
+def _given_dtypes(model) -> dict[str, torch.dtype]:
+    "The dtype of every weight, by its name without an adapter; one that cannot be merged is refused here."
+    dtypes = {name: weight.dtype for name, weight in merge_lora(model, copy_to="meta").state_dict().items()}
+    plain = without_adapter(model)
+    for name, weight in plain.named_parameters():
+        if ".original_module." in name:  # beside a copy that trains, which peft has made fp32
+            dtypes[name.replace(".original_module", "")] = weight.dtype
+    checkpoint = vars(plain).get("checkpoint_dtype")  # of what `load_model` has loaded
+    if checkpoint in (torch.float16, torch.bfloat16):
+        for name, dtype in dtypes.items():
+            dtypes[name] = checkpoint if dtype == torch.float32 else dtype
+    return dtypes
+
+
 def _original(model, task: Task, objective: Objective, config: ICUConfig) -> OriginalModel:
     "The original model, kept for the parts that the objective asks about."
     parts = {"forget": task.forget, "neighbor": task.neighbors}
@@ -135,6 +150,7 @@ class Run:
     ):
         self.objective = as_objective(objective)
         self.objective.validate(model, task)
+        self.dtypes = _given_dtypes(model)
         seed_everything(config.seed)
         self.task = task
         self.config = config
@@ -143,6 +159,7 @@ class Run:
         self.refinement = refinement
         self.scorer = scorer
         self.source = source_of(model)
+        self.steps = 0  # taken by now
         self.accelerator = Accelerator(
             mixed_precision=_arithmetic(model),
             device_placement=False,
@@ -177,6 +194,7 @@ class Run:
         if scaler is None or scaler.get_scale() <= 1:  # fp16: the scale is lowered before that is an error
             _require_finite("gradient", float(norm or 0.0), number)  # DeepSpeed knows it only afterwards
         self.optimizer.step()
+        self.steps += 1
         self.optimizer.zero_grad()  # a check needs the room
         return {name: sum(values[name] for values in logged) for name in logged[0]}
 
@@ -241,6 +259,8 @@ class Run:
             plugs=plugs,
             source=self.source,
             weights=weights,
+            dtypes=self.dtypes,
+            went_on=self.steps > progress.steps,
         )
 
 # %% ../nbs/library/run.ipynb #825afe57

@@ -106,6 +106,7 @@ def _next_epoch(
         scores = _check(run, progress)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
     row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    progress.steps = run.steps
     if progress.epoch == 0:
         _warn_of_undefined_bleu(run, row)
     return row
@@ -133,7 +134,7 @@ def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
 def unlearn(
     model: "PreTrainedModel | PeftModel",  # a causal LM, with or without a LoRA adapter; changed in place
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    forget: Any,  # texts to unlearn: strings, or a `datasets.Dataset` with a `text` or an `input_ids` column
+    forget: Any,  # texts to unlearn: strings, or a Dataset or data frame with a `text` or `input_ids` column
     retain: Any,  # texts that may stay, in which neighbors are looked for: the same forms
     config: ICUConfig = ICUConfig(),  # the settings
     *,
