@@ -79,13 +79,13 @@ def stop_reason(
     return "max_epochs" if epoch >= config.max_epochs else None
 
 # %% ../nbs/learn/07_the_loop.ipynb #1e3e94ee
-def _warn_of_undefined_bleu(run: Run, row: dict) -> None:
+def _warn_of_undefined_bleu(run: Run, undefined: int) -> None:
     "Say once for how many texts MA and EL decide where BLEU should."
     by_bleu = run.refinement not in (None, select_icu) or run.config.stop == "all_forgotten"
-    if by_bleu and row.get("bleu_undefined") and run.rank == 0:
+    if by_bleu and undefined and run.rank == 0:
         warnings.warn(
-            f"BLEU is not defined for {row['bleu_undefined']} forget texts: their true continuations have"
-            " fewer than four words between spaces. MA and EL decide for them.",
+            f"BLEU is not defined for {undefined} forget texts: their true continuations have fewer than"
+            " four words between spaces. MA and EL decide for them.",
             stacklevel=5,
         )
 
@@ -110,7 +110,7 @@ def _next_epoch(
     row["arithmetic"] = run.arithmetic.name
     progress.steps = run.steps
     if progress.epoch == 0:
-        _warn_of_undefined_bleu(run, row)
+        _warn_of_undefined_bleu(run, progress.log.bleu_undefined())
     return row
 
 

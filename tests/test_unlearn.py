@@ -20,7 +20,8 @@ from icu_nb.iur import Thresholds, calibrate_thresholds, is_forgotten, select_pu
 from icu_nb.metrics import memorization_scores
 from icu_nb.objective import ICU, GradientAscent, Objective
 from icu_nb.result import UnlearnResult
-from icu_nb.text import tokenize
+from icu_nb.text import prompt_suffix, tokenize
+from icu_nb.text_scores import sentence_bleu
 from icu_nb.unlearn import unlearn
 
 HISTORY = [
@@ -198,9 +199,17 @@ def test_nothing_to_forget(tiny, settings):
     assert tiny.same(model, before)
 
 
+def with_four_words(tiny):
+    """The forget texts whose true continuations BLEU can compare."""
+    truths = tiny.tokenizer.batch_decode(prompt_suffix(tiny.sequences)[1])
+    return [text for text, bleu in zip(tiny.forget, sentence_bleu(truths, truths), strict=True) if bleu > 0]
+
+
 def test_all_forgotten_is_the_authors_way(tiny):
+    forget = with_four_words(tiny)
     result = run(
         tiny,
+        forget=forget,
         learning_rate=1e-2,
         max_epochs=30,
         stop="all_forgotten",
@@ -210,7 +219,7 @@ def test_all_forgotten_is_the_authors_way(tiny):
     last = result.samples[result.samples["epoch"] == result.history["epoch"].iloc[-1]]
     assert (
         is_forgotten(last, result.thresholds).all()
-        and not is_forgotten(result.samples[:8], result.thresholds).all()
+        and not is_forgotten(result.samples[: len(forget)], result.thresholds).all()
     )
 
 
@@ -302,15 +311,16 @@ def test_a_model_that_blew_up_is_not_called_forgetful(tiny, batch_size):
 
 def test_only_the_active_train(tiny):
     """Every epoch trains on exactly those that the check before it left active."""
-    spy = Spy()
-    result = run(tiny, objective=spy, refinement=select_published_rule, max_epochs=4, learning_rate=5e-3)
+    spy, forget = Spy(), with_four_words(tiny) + tiny.retain[:4]
+    how = {"refinement": select_published_rule, "max_epochs": 4, "learning_rate": 5e-3}
+    result = run(tiny, objective=spy, forget=forget, retain=tiny.retain[4:], **how)
     left = list(spy.rows)
     for epoch in range(4):
         before = result.samples[result.samples["epoch"] == epoch]
         active = before["id"][before["active"]].tolist()
         trained = [row for _ in range(-(-len(active) // 4)) for row in left.pop(0)]
         assert sorted(trained) == active
-    assert not left and result.history["active"][0] < len(tiny.forget), (
+    assert not left and result.history["active"][0] < len(forget), (
         "the first check finds some forgotten already"
     )
 
