@@ -390,6 +390,7 @@ class Progress:
     reason: str | None = None  # why it ended; None: it goes on
     message: str = ""  # the same as a sentence, where an error ended it
     log: Log = field(default_factory=Log)  # what was reported so far
+    steps: int = 0  # of this process, when it was reported
 
     def save(
         self,

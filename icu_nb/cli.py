@@ -8,7 +8,6 @@ __all__ = ['main']
 # %% ../nbs/library/cli.ipynb #220b8e50
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -369,13 +368,13 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
             f"`out`: {out} cannot be written ({error.__cause__ or error}). Free some space, or mend or move"
             " the folder; then go on with --resume-from-checkpoint."
         ) from error
-    table = before_and_after(result.history, result.thresholds)
+    table = before_and_after(result.history, result.thresholds, result.went_on).loc[["ma", "el"]]
     summary = {
         "stop_reason": result.stop_reason,
         "message": result.message,
         "epochs": int(result.history["epoch"].max()),
         "texts": len(result.hashes),
-        **table.loc[["ma", "el"]].astype(object).replace(math.nan, None).to_dict(),
+        **table.astype(object).where(table.notna(), None).to_dict(),
         "out": str(out),
     }
     print(json.dumps(summary, indent=1))
