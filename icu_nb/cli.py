@@ -41,7 +41,10 @@ _SETTINGS = (
     "micro_batch_size",
     "gradient_checkpointing",
     "max_epochs",
+    "check",
+    "check_sample",
     "check_steps",
+    "checkpoint_every",
     "max_length",
     "el_n",
     "n_neighbors",
@@ -63,9 +66,9 @@ exit codes:
   4    the loss or its gradient was no number; nothing is saved
   130  interrupted (Ctrl-C); nothing is saved, --resume-from-checkpoint goes on
 
-While it runs, DIR.checkpoints holds the last two epochs, and nothing else may be in it. They hold what the
-model says, and that can be the texts to forget: they never come into DIR, and are removed when the run ends.
-If it is killed or interrupted they stay, for --resume-from-checkpoint.
+While it runs, DIR.checkpoints holds its last two checkpoints, and nothing else may be in it. They hold what
+the model says, and that can be the texts to forget: they never come into DIR, and are removed when the run
+ends. If it is killed or interrupted they stay, for --resume-from-checkpoint.
 """
 
 
@@ -109,7 +112,8 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"action": "store_true"},
     ),
     "resume_from_checkpoint": (
-        "go on from the checkpoints of a run with the same options, if there are any",
+        "go on from the checkpoints of a run with the same options, if there are any; those of memory and"
+        " --max-epochs may be others",
         {"action": "store_true"},
     ),
 }
@@ -152,6 +156,9 @@ def _setting_option(name: str) -> tuple[str, dict[str, Any]]:
     kind = typing.get_type_hints(ICUConfig)[name]
     if kind is bool:
         return about, {"action": "store_true"}
+    words = [word for word in field.metadata["choices"] if word]
+    if words:
+        return about, {"choices": words, "default": field.default}
     number = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     return about, {"type": number, "default": field.default, "metavar": "X" if number is float else "N"}
 
@@ -363,12 +370,13 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
             f"`out`: {out} cannot be written ({error.__cause__ or error}). Free some space, or mend or move"
             " the folder; then go on with --resume-from-checkpoint."
         ) from error
+    table = before_and_after(result.history, result.thresholds, result.went_on).loc[["ma", "el"]]
     summary = {
         "stop_reason": result.stop_reason,
         "message": result.message,
         "epochs": int(result.history["epoch"].max()),
         "texts": len(result.hashes),
-        **before_and_after(result.history, result.thresholds).loc[["ma", "el"]].to_dict(),
+        **table.astype(object).where(table.notna(), None).to_dict(),
         "out": str(out),
     }
     print(json.dumps(summary, indent=1))

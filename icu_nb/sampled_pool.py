@@ -13,7 +13,7 @@ import torch
 
 from .errors import require, require_number
 from .language_model import context_length, evaluating, in_batches
-from .text import Repeats
+from .text import Repeats, check_texts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +67,7 @@ def sample_pool(
     vocabulary = min(len(tokenizer), embedding.weight.shape[0])
     front = torch.tensor([tokenizer("").input_ids] * batch_size, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
-    repeats = Repeats(forget, max_overlap)
+    repeats = Repeats(check_texts(forget, "forget") if len(forget) else [], max_overlap)
     pool: dict[str, None] = {}  # in order, each text once
     tried = 0
     while len(pool) < n:

@@ -281,6 +281,9 @@ def read_table(
     shown = ""
     if all(str(name).isidentifier() for name in names):  # without a line of names, a text stands there
         shown = f" (they are: {', '.join(names)})"
+    near = [name for name in names if str(name).strip().lower() in map(str.lower, columns or ())]
+    if near:
+        shown = f" (but one {near[0]!r})"
     require(
         len(found) > 0,
         argument,

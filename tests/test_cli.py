@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -136,10 +137,9 @@ def test_the_summary_and_the_folder(call, given, tmp_path, tiny):
         and summary["texts"] == len(tiny.forget)
         and summary["out"] == str(tmp_path / "out")
     )
-    assert all(
-        summary["after"][name] <= summary["threshold"][name] < summary["before"][name]
-        for name in ("ma", "el")
-    )
+    limits, before, after = (summary[name] for name in ("threshold", "before", "after"))
+    assert after["ma"] <= limits["ma"] < before["ma"] and after["el"] <= limits["el"]
+    assert before["el"] is None, "the run was far from its end, and null is JSON"
     assert f"MA {summary['threshold']['ma']:.4f}" in err
     stored = json.loads((tmp_path / "out" / "icu_result.json").read_text())
     assert (
@@ -155,6 +155,14 @@ def test_the_summary_and_the_folder(call, given, tmp_path, tiny):
         weights(tmp_path / "out"),
     )
     assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_a_full_check_has_every_number(call, tmp_path):
+    _, out, _ = call(max_epochs=1, check="full")
+    summary = json.loads(out)
+    assert 0 <= summary["after"]["el"] <= summary["before"]["el"] <= 1
+    code, _, err = call(check="half")
+    assert code == 2 and "'half'" in err
 
 
 def test_max_epochs(call, tmp_path):
@@ -238,6 +246,18 @@ def test_another_column_of_a_csv(call, tmp_path, tiny):
         call(forget=tmp_path / "forget.csv", retain=tmp_path / "retain.csv", column="body", max_epochs=1)[0]
         == 3
     )
+
+
+def test_one_column_is_read_whole(call, tmp_path, tiny, monkeypatch):
+    """Commas without quotes had made an index of all that stands before the last one."""
+    texts = [text.replace("\n", " ") for text in tiny.forget]
+    assert sum(text.count(",") for text in texts) > 0
+    (tmp_path / "FORGET.CSV").write_text("\n".join(["text", *texts]) + "\n", encoding="utf-8-sig")
+    seen = []
+    monkeypatch.setattr(LOOP, "unlearn", lambda model, tokenizer, forget, *rest, **more: seen.append(forget))
+    with suppress(AttributeError):  # there is no result to be saved
+        call(forget=tmp_path / "FORGET.CSV")
+    assert seen == [texts]
 
 
 def test_a_warning_is_one_line(call, given, tmp_path, tiny):
@@ -491,6 +511,11 @@ BAD = {
         "--heldout: 2 of its texts also stand in --forget",
     ),
     "a line that is null": ({"forget": "null.jsonl"}, "--forget: null.jsonl .*line 2"),
+    "commas without quotes": (
+        {"forget": "commas.csv"},
+        "--forget: commas.csv cannot be read as .csv .line 2: 3 cells, and the first line names 2.*in quotes",
+    ),
+    "an open quote": ({"heldout": "open.CSV"}, "--heldout: open.CSV .*line 3: the quotes do not match"),
     "half a character": ({"retain": "half.jsonl"}, r"--retain: half a character .*line \[2\]"),
     "holds an embedder": (
         {"out": "used", "overwrite": True, "embedder": "used/embedder"},
@@ -517,6 +542,8 @@ def work(tmp_path, monkeypatch, tiny):
     (work / "malformed.jsonl").write_text('{"text": "a"}\n\n{"text": "b"')
     (work / "numbers.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
     (work / "null.jsonl").write_text('{"text": "a"}\nnull\n')
+    (work / "commas.csv").write_text("id,text\n1,Anna Berg, born 1970\n")
+    (work / "open.CSV").write_text('id,text\n1,Anna\n2,"Bo')
     lines(work / "half.jsonl", ["fine", "half \ud83d"])
     lines(work / "shared.jsonl", [*tiny.heldout, *tiny.forget[:2]])
     lines(work / "used" / "forget.jsonl", tiny.forget)
