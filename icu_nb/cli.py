@@ -377,18 +377,19 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
 def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfig) -> "UnlearnResult":
     "Read, load, unlearn."
     forget, retain, heldout = _read_files(args)
+    from icu_nb.examples import Examples
     from icu_nb.iur import select_icu, select_published_rule
     from icu_nb.models.loading import load_model
     from icu_nb.pairs import check_fit, choose_thresholds
     from icu_nb.plumbing import seed_everything
-    from icu_nb.text import tokenize
     from icu_nb.unlearn import unlearn
 
     seed_everything(config.seed)  # an adapter begins at random
     model, tokenizer = load_model(
         args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, lora=args.lora
     )
-    check_fit(model, tokenizer, tokenize(forget, tokenizer, config.max_length).tokens(), config)
+    examples = Examples.read(forget, tokenizer, "forget", config.max_length)
+    check_fit(model, tokenizer, examples.sequences, config)
     thresholds = choose_thresholds(model, tokenizer, heldout, None, config)
     if heldout is not None:
         found = f"MA {thresholds.ma:.4f}, EL {thresholds.el:.4f}"
