@@ -103,6 +103,7 @@ _MAY_CHANGE = (
     "micro_batch_size",
     "gradient_checkpointing",
     "max_epochs",
+    "check",
     "checkpoint_every",
 )
 
@@ -176,6 +177,8 @@ def run_identity(
 ) -> dict:  # what JSON can hold
     "What a run is told by: what its outcome depends on, as far as we can see it."
     settings = dataclasses.asdict(config)
+    if config.check == "full" or len(task.forget) <= config.check_sample:
+        settings["check_sample"] = None  # staged and full checks select the same texts: no sample is drawn
     trains = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     return {
         "format": _FORMAT,
@@ -387,6 +390,7 @@ class Progress:
     reason: str | None = None  # why it ended; None: it goes on
     message: str = ""  # the same as a sentence, where an error ended it
     log: Log = field(default_factory=Log)  # what was reported so far
+    steps: int = 0  # of this process, when it was reported
 
     def save(
         self,

@@ -49,9 +49,9 @@ def refuses_old_names(
     return checked
 
 # %% ../nbs/library/config.ipynb #ea2a83de
-def _setting(default: Any, about: str) -> Any:
-    "A field with its help text, which `icu-unlearn --help` shows too."
-    return field(default=default, metadata={"help": about})
+def _setting(default: Any, about: str, choices: tuple[str | None, ...] = ()) -> Any:
+    "A field with its help text, which `icu-unlearn --help` shows too, and the words that it may be."
+    return field(default=default, metadata={"help": about, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ class ICUConfig:
     stop: str = _setting(
         "thresholds",
         'when both thresholds are met (ours); "all_forgotten": also when no text is left, as the authors do',
+        choices=("thresholds", "all_forgotten"),
+    )
+    check: str = _setting(
+        "staged",
+        "MA of all texts, the rest only where it selects texts or may end the run, and all at the last check;"
+        ' "full": MA, EL and continuations of all texts at every check',
+        choices=("staged", "full"),
+    )
+    check_sample: int = _setting(
+        512, "a staged check measures EL of at most so many texts, a random sample, until the run may end"
     )
     check_every: int = _setting(1, "epochs from one check to the next; the last epoch is always checked")
     check_steps: int | None = _setting(
@@ -103,6 +113,7 @@ class ICUConfig:
     precision: str | None = _setting(
         None,
         'arithmetic: "fp32", "bf16" or "fp16"; None: 16 bits where they are faster, else fp32',
+        choices=(None, "fp32", "bf16", "fp16"),
     )
 
     def __post_init__(self):
@@ -112,6 +123,7 @@ class ICUConfig:
         self._check_number("seed", high=2**32 - 1, whole=True)  # NumPy's range
         for name in _COUNTS:
             self._check_number(name, 1, whole=True)
+        self._check_number("check_sample", 2, whole=True)
         for name in ("max_length", "el_start", "check_steps", "micro_batch_size"):
             if getattr(self, name) is not None:
                 self._check_number(name, 1, whole=True, otherwise="None, or ")
@@ -119,15 +131,10 @@ class ICUConfig:
             self._check_number("max_grad_norm", otherwise="None, or ")
             remedy = "Give a number above 0, or None for no clipping"
             require(self.max_grad_norm > 0, "max_grad_norm", "with 0 no weight would ever move", remedy)
-        precisions = ("fp32", "bf16", "fp16")
-        require(
-            self.precision is None or self.precision in precisions,
-            "precision",
-            f"{self.precision!r} is not known",
-            f"Use None, or one of {', '.join(precisions)}",
-        )
-        stops = ("thresholds", "all_forgotten")
-        require(self.stop in stops, "stop", f"{self.stop!r} is not known", f"Use one of {', '.join(stops)}")
+        for name in ("stop", "check", "precision"):
+            value, known = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
+            remedy = f"Use one of {', '.join(map(str, known))}"
+            require(value in known, name, f"{value!r} is not known", remedy)
 
     def _check_number(self, name: str, *limits: float, **how: Any) -> None:
         "Refuse what is no such number, and keep a NumPy number as a plain one; see `require_number`."

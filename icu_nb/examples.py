@@ -105,17 +105,19 @@ def _is_answered(turns: list[dict]) -> bool:
     return len(turns) > 1 and turns[-1]["role"] == "assistant" and bool(turns[-1]["content"].strip())
 
 
-def _conversations(table: pd.DataFrame, form: tuple[str, ...], argument: str) -> list[list[dict]] | None:
-    "The turns of every row; None where prompts and completions are strings, which no template joins."
-    if "answer" in form:
-        columns = [check_texts(table[name], argument) for name in form]
-        return [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for question, answer in zip(*columns, strict=True)
-        ]
-    if form != _MESSAGES and isinstance(table["prompt"].iloc[0], str):
-        return None
+def _holds_turns(cells: pd.Series) -> bool:
+    "Whether a column holds conversations and no strings."
+    return isinstance(cells.iloc[0], (list, tuple, np.ndarray)) or cells.name == "messages"
+
+
+def _conversations(table: pd.DataFrame, form: tuple[str, ...], argument: str) -> list[list[dict]]:
+    "The turns of every row; a question and its answer are the user's turn and the assistant's."
     columns = [table[name].tolist() for name in form]
+    if not _holds_turns(table[form[0]]):
+        return [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            for prompt, answer in zip(*columns, strict=True)
+        ]
     rows = [[turn for cell in cells for turn in _turns(cell)] for cells in zip(*columns, strict=True)]
     bad = [i for i, turns in enumerate(rows) if not _is_answered(turns)]
     require(
@@ -160,10 +162,28 @@ def _by_template(
     return pairs
 
 
-def _joint(question: str, answer: str) -> str:
-    "What stands between a question and its answer where there is no template."
-    has_own = question[-1].isspace() or answer[0].isspace()
-    return "" if has_own else " "
+def _pairs(
+    table: pd.DataFrame, form: tuple[str, ...], conversations: list[list[dict]], tokenizer, argument: str
+) -> tuple[list[tuple[str, str]], bool]:
+    "Prompts and answers as the model reads them, and whether a chat template wrote them."
+    has_turns, has_template = _holds_turns(table[form[0]]), tokenizer.chat_template is not None
+    require(
+        has_template or not has_turns,
+        argument,
+        "the tokenizer has no chat template, and conversations need one",
+        "Set tokenizer.chat_template, or give `prompt` and `completion` as strings, joined as they stand",
+    )
+    if has_template and (has_turns or "answer" in form):
+        return _by_template(table, conversations, tokenizer, argument), True
+    pairs = [(asked["content"], said["content"]) for asked, said in conversations]
+    if "answer" in form:
+        pairs = [(prompt + _blank_between(prompt, answer), answer) for prompt, answer in pairs]
+    return pairs, False
+
+
+def _blank_between(prompt: str, answer: str) -> str:
+    "A blank, where neither brings white space to the joint."
+    return "" if prompt[-1].isspace() or answer[0].isspace() else " "
 
 # %% ../nbs/library/examples.ipynb #7947d594
 def _encode_pairs(pairs: list[tuple[str, str]], tokenizer, has_ends: bool) -> Sequences:
@@ -197,6 +217,21 @@ class Examples:
     whole: list[str]  # uncut; the turns of a conversation joined by NUL, which stands in no text
     trained: list[str]  # up to the cut: what neighbors are chosen by
 
+    @staticmethod
+    def rows(
+        source: Any,  # see `read`
+        argument: str = "source",  # its name, for messages
+        files: bool = False,  # whether a string is the path of a file
+    ) -> pd.DataFrame:  # only the columns that count
+        "The rows as they were given: all that can be checked without a tokenizer is."
+        table = read_table(source, _COLUMNS, argument, files)
+        form = _form_of(table, argument)
+        for name in form:
+            if form != _TOKENS and not _holds_turns(table[name]):
+                check_texts(table[name], argument)
+        has_mask = form == _TOKENS and "attention_mask" in table
+        return table[[*form, "attention_mask"] if has_mask else [*form]]
+
     @classmethod
     def read(
         cls,
@@ -207,7 +242,7 @@ class Examples:
         max_text: int | None = None,  # the same for those without a prompt, if it is less
     ) -> "Examples":
         "Texts, tokens, or prompts with answers, whichever is given."
-        table = read_table(source, _COLUMNS, argument, files=False)
+        table = cls.rows(source, argument)
         form = _form_of(table, argument)
         if form not in (_TEXT, _TOKENS):
             return _with_answers(table, form, tokenizer, argument, max_length)
@@ -244,21 +279,8 @@ def _with_answers(
 ) -> Examples:
     "Prompts with answers, or one clear error when an answer is cut away."
     conversations = _conversations(table, form, argument)
-    contents = [[turn["content"] for turn in turns] for turns in conversations or []]
-    has_template = conversations is not None and tokenizer.chat_template is not None
-    if conversations is None:
-        contents = [
-            [*pair] for pair in zip(*(check_texts(table[name], argument) for name in form), strict=True)
-        ]
-        pairs = [(prompt, completion) for prompt, completion in contents]
-    elif has_template:
-        pairs = _by_template(table, conversations, tokenizer, argument)
-    else:
-        remedy = "Set tokenizer.chat_template, or give columns `prompt` and `completion`, joined as you want"
-        has_turns = "answer" not in form
-        require(not has_turns, argument, "the tokenizer has no chat template for conversations", remedy)
-        pairs = [(question + _joint(question, answer), answer) for question, answer in contents]
-    sequences = _cut(_encode_pairs(pairs, tokenizer, has_ends=not has_template), max_length)
+    pairs, by_template = _pairs(table, form, conversations, tokenizer, argument)
+    sequences = _cut(_encode_pairs(pairs, tokenizer, has_ends=not by_template), max_length)
     bad = (sequences.lengths <= sequences.prompt_lengths).nonzero()[:, 0].tolist()
     require(
         not bad,
@@ -266,11 +288,8 @@ def _with_answers(
         f"no answer is left within {max_length} tokens at {_at(table, bad)}",
         "Set a larger max_length, or shorten these prompts",
     )
-    answers = [
-        row[n:].tolist() for row, n in zip(sequences.rows, sequences.prompt_lengths.tolist(), strict=True)
-    ]
-    decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    trained = [
-        "\n".join([*turns[:-1], answer.strip()]) for turns, answer in zip(contents, decoded, strict=True)
-    ]
-    return Examples(sequences, ["\0".join(turns) for turns in contents], trained)
+    rows = zip(sequences.rows, sequences.prompt_lengths.tolist(), strict=True)
+    answers = tokenizer.batch_decode([row[n:].tolist() for row, n in rows], skip_special_tokens=True)
+    contents = [[turn["content"] for turn in turns] for turns in conversations]
+    cut = [[*turns[:-1], answer.strip()] for turns, answer in zip(contents, answers, strict=True)]
+    return Examples(sequences, ["\0".join(turns) for turns in contents], ["\n".join(turns) for turns in cut])

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from .errors import require, require_number
-from .language_model import context_length, evaluating, halving_batches
-from .text import Repeats
+from .language_model import context_length, evaluating, in_batches
+from .text import Repeats, check_texts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,18 +27,22 @@ def _sample_tokens(
     generator: torch.Generator,  # on the CPU, seeded
 ) -> torch.Tensor:  # LongTensor [B, length], on the CPU
     "Texts drawn from the model at temperature 1; end-of-sequence is an ordinary token."
-    tokens, new, cache = starts, starts, None
-    with evaluating(model):
+
+    def write(rows: list[int]) -> torch.Tensor:
+        tokens = new = starts[rows]
+        cache = None
         while tokens.shape[1] < length:
             output = model(input_ids=new.to(model.device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
             new = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat([tokens, new], dim=1)
-    return tokens[:, :length]
+        return tokens[:, :length]
+
+    with evaluating(model):
+        return torch.stack(in_batches(write, [length] * len(starts), len(starts), model))
 
 # %% ../nbs/library/sampled_pool.ipynb #e4597f98
-@halving_batches
 def sample_pool(
     model: "PreTrainedModel | PeftModel",  # a causal LM, before it is changed
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -48,7 +52,7 @@ def sample_pool(
     max_length: int = 200,  # tokens per text; the paper's number
     seed: int = 0,  # of the sampling
     max_overlap: float = 0.5,  # a text that holds a larger share of a forget text's n-grams is left out
-    batch_size: int = 64,  # texts at a time; halved while memory does not suffice
+    batch_size: int = 64,  # texts at a time; fewer where memory does not suffice
 ) -> list[str]:  # n different texts
     "A retain pool where there is none: texts sampled from the model itself."
     n = require_number("n", n, 1, whole=True)
@@ -63,7 +67,7 @@ def sample_pool(
     vocabulary = min(len(tokenizer), embedding.weight.shape[0])
     front = torch.tensor([tokenizer("").input_ids] * batch_size, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
-    repeats = Repeats(forget, max_overlap)
+    repeats = Repeats(check_texts(forget, "forget") if len(forget) else [], max_overlap)
     pool: dict[str, None] = {}  # in order, each text once
     tried = 0
     while len(pool) < n:

@@ -42,6 +42,13 @@ def _checked(cells: pd.Series, argument: str) -> list[str]:
     return [str(text) for text in cells]  # NumPy's strings become Python's
 
 
+def _as_list(texts: Any, argument: str) -> list[str]:
+    "A list as it is, also an empty one; anything else as `read_table` reads it."
+    if isinstance(texts, (list, tuple)):
+        return list(texts)
+    return read_table(texts, ["text"], argument, files=False)["text"].tolist()
+
+
 def check_texts(
     texts: Any,  # a list of texts, or a `datasets.Dataset` or data frame with a `text` column
     argument: str = "texts",  # its name, for the message
@@ -263,7 +270,7 @@ def tokenize(
         f"{max_length!r} is no length",
         "Give a number of tokens, or None",
     )
-    texts, rows = list(texts), []
+    texts, rows = _as_list(texts, "texts"), []
     front = special_ends(tokenizer)[0] if special_tokens == "front" else []
     for first in range(0, len(texts), _TEXTS_AT_ONCE):
         piece = _encode(texts[first : first + _TEXTS_AT_ONCE], tokenizer, special_tokens == "all")
@@ -461,10 +468,10 @@ def deduplicate(
     max_overlap: float = 0.5,  # a candidate with a larger share of known n-grams is dropped
 ) -> list[str]:
     "The `texts` that neither repeat one another nor stand, for more than `max_overlap`, in `against`."
-    texts = list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(_as_list(texts, "texts")))
     index = Repeats(texts, max_overlap)
     known = np.zeros(len(index._owners), dtype=bool)
-    for text in against:
+    for text in _as_list(against, "against"):
         known[index._places(text)] = True
     dropped = index._repeated(known.nonzero()[0])
     return [text for text, drop in zip(texts, dropped, strict=True) if not drop]

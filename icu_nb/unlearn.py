@@ -103,14 +103,24 @@ def _next_epoch(
     trained = time.perf_counter() if progress.epoch else began
     scores = None
     if enough or progress.epoch % run.config.check_every == 0 or progress.epoch == run.config.max_epochs:
-        scores = check_all(run)
-        progress.active = _refine(run, scores)
-        progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
+        scores = _check(run, progress)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
     row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    progress.steps = run.steps
     if progress.epoch == 0:
         _warn_of_undefined_bleu(run, row)
     return row
+
+
+def _check(run: Run, progress: Progress) -> pd.DataFrame:
+    "The scores of now, by which sequences become active or the run ends; it ends on a full check only."
+    scores = check_all(run)
+    while True:
+        progress.active = _refine(run, scores)
+        progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
+        if progress.reason is None or scores["check"][0] == "full":
+            return scores
+        scores = check_all(run, scores)
 
 
 def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
@@ -124,7 +134,7 @@ def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
 def unlearn(
     model: "PreTrainedModel | PeftModel",  # a causal LM, with or without a LoRA adapter; changed in place
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    forget: Any,  # texts to unlearn: strings, or a `datasets.Dataset` with a `text` or an `input_ids` column
+    forget: Any,  # texts to unlearn: strings, or a Dataset or data frame with a `text` or `input_ids` column
     retain: Any,  # texts that may stay, in which neighbors are looked for: the same forms
     config: ICUConfig = ICUConfig(),  # the settings
     *,

@@ -23,8 +23,8 @@ from icu_nb.errors import InputError
 from icu_nb.examples import Examples
 from icu_nb.iur import Thresholds, calibrate_thresholds
 from icu_nb.language_model import mean_token_nll, predicted_positions, token_losses
-from icu_nb.metrics import extraction_likelihood, memorization_accuracy, memorization_scores, perplexity
 from icu_nb.methods.registry import METHODS
+from icu_nb.metrics import extraction_likelihood, memorization_accuracy, memorization_scores, perplexity
 from icu_nb.models.loading import add_lora
 from icu_nb.pairs import prepare_task
 from icu_nb.reference import OriginalModel
@@ -364,7 +364,7 @@ def test_what_is_refused(case):
 
 
 def test_messages_need_a_template_that_takes_them():
-    with pytest.raises(InputError, match=r"^`forget`: the tokenizer has no chat template .*chat_template"):
+    with pytest.raises(InputError, match=r"^`forget`: the tokenizer has no chat template, .*chat_template"):
         Examples.read(conversations(), tokenizer_with("bos"), "forget")
     turns = [{"role": "system", "content": "Be short."}, *conversations()[0]["messages"]]
     with pytest.raises(InputError, match=r"refuses the conversation at index \[0\] \(only user and assist"):
@@ -467,7 +467,7 @@ def test_questions_suffer_less_than_where_they_count(chat):
         unlearn(changed, tokenizer, one, other, settings, **options)
         losses.append(mean_losses(changed, examples[0]))
     (asked, answered), (asked_as_text, _) = losses
-    assert answered > asked and asked < asked_as_text - 0.5, losses
+    assert answered > asked and asked < asked_as_text - 0.2, losses
 
 
 def test_answers_and_plain_texts_may_be_mixed(chat):
@@ -626,4 +626,4 @@ def test_files_of_questions_and_answers_in_the_shell(chat, tmp_path, capsys):
     with pytest.raises(SystemExit):
         shared = ["--heldout", f"{tmp_path}/forget.jsonl", "--out", f"{tmp_path}/shared"]
         main(["--model", f"{tmp_path}/model", *files[:4], *shared])
-    assert "--heldout: 6 of its texts also stand in `forget`" in capsys.readouterr().err
+    assert "--heldout: 6 of its texts also stand in --forget" in capsys.readouterr().err

@@ -18,10 +18,13 @@ from icu_nb.cle import nearest_neighbors
 from icu_nb.data.sources import load_corpus
 from icu_nb.errors import InputError
 from icu_nb.iur import calibrate_thresholds
+from icu_nb.methods.edits import retrain
 from icu_nb.metrics import perplexity
+from icu_nb.models.tiny import memorize
 from icu_nb.pairs import prepare_task
+from icu_nb.sampled_pool import sample_pool
 from icu_nb.tables import read_table
-from icu_nb.text import check_texts, read_texts
+from icu_nb.text import check_texts, deduplicate, read_texts, tokenize
 from icu_nb.unlearn import unlearn
 
 TEXTS = ["Anna Berg, born 1970, lives at Rosenweg 5", 'She said: "None; nothing."', "007", "Zoë\tin Łódź"]
@@ -303,7 +306,7 @@ SAME = {
     "records from a generator": lambda: (UserDict(record) for record in RECORDS),
     "Dataset": lambda: DATASET,
     "Dataset in another format": lambda: DATASET.with_format("numpy"),
-    "Dataset, sorted": lambda: DATASET.select([3, 2, 1, 0]).sort("id"),
+    "Dataset, turned twice": lambda: DATASET.select([3, 2, 1, 0]).select([3, 2, 1, 0]),
     "Dataset with a transform": lambda: datasets.Dataset.from_dict({"id": [*range(4)]}).with_transform(
         lambda rows: {"text": [TEXTS[i] for i in rows["id"]]}
     ),
@@ -471,6 +474,25 @@ def test_token_ids_with_gaps(tiny):
     given = datasets.Dataset.from_dict({"input_ids": [[5] * 48, None]})
     with pytest.raises(InputError, match=r"`forget`: no tokens at index \[1\]"):
         prepare_task(tiny.model, tiny.tokenizer, given, tiny.retain, tiny.config())
+
+
+def test_smaller_functions_take_no_names_for_texts(tiny):
+    """Those that no text needs to go through first."""
+    frame, mapping = pd.DataFrame({"text": TEXTS}), {"text": TEXTS}
+    assert tokenize(frame, tiny.tokenizer).tokens() == tokenize(TEXTS, tiny.tokenizer).tokens()
+    assert deduplicate(frame, frame[:1]) == TEXTS[1:]
+    for call in (
+        lambda: tokenize(mapping, tiny.tokenizer),
+        lambda: tokenize("one string", tiny.tokenizer),
+        lambda: deduplicate(mapping, TEXTS),
+        lambda: deduplicate(TEXTS, mapping),
+        lambda: sample_pool(tiny.model, tiny.tokenizer, 1, mapping, max_length=8),
+        lambda: retrain(tiny.copy(), tiny.tokenizer, mapping, TEXTS),
+        lambda: retrain(tiny.copy(), tiny.tokenizer, TEXTS, mapping),
+        lambda: memorize(tiny.copy(), tiny.tokenizer, mapping, [], epochs=1, cache=False),
+    ):
+        with pytest.raises(InputError, match=r"(?:texts|forget|against)`: (?:a mapping|one string)"):
+            call()
 
 
 def test_a_corpus_of_a_file_names_its_lines(tmp_path):
