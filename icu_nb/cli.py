@@ -47,6 +47,7 @@ _SETTINGS = (
     "check",
     "check_sample",
     "check_steps",
+    "checkpoint_every",
     "max_length",
     "el_n",
     "n_neighbors",
@@ -68,9 +69,9 @@ exit codes:
   4    the loss or its gradient was no number; nothing is saved
   130  interrupted (Ctrl-C); nothing is saved, --resume-from-checkpoint goes on
 
-While it runs, DIR.checkpoints holds the last two epochs, and nothing else may be in it. They hold what the
-model says, and that can be the texts to forget: they never come into DIR, and are removed when the run ends.
-If it is killed or interrupted they stay, for --resume-from-checkpoint.
+While it runs, DIR.checkpoints holds its last two checkpoints, and nothing else may be in it. They hold what
+the model says, and that can be the texts to forget: they never come into DIR, and are removed when the run
+ends. If it is killed or interrupted they stay, for --resume-from-checkpoint.
 """
 
 
@@ -116,7 +117,8 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"action": "store_true"},
     ),
     "resume_from_checkpoint": (
-        "go on from the checkpoints of a run with the same options, if there are any",
+        "go on from the checkpoints of a run with the same options, if there are any; those of memory and"
+        " --max-epochs may be others",
         {"action": "store_true"},
     ),
 }

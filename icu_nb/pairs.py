@@ -26,6 +26,7 @@ from .errors import require
 from .examples import Examples
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
+from .plumbing import Arithmetic
 from .text import Sequences, el_positions, pad_id, special_ends
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _find_neighbors(
     if isinstance(embedder, (str, Path)):
         embedder = sentence_embedder(embedder)
     elif embedder is None:
-        embedder = model_embedder(model, tokenizer, config.eval_batch_size)
+        embedder = model_embedder(model, tokenizer, config.eval_batch_size, config.precision)
 
     pool = embed_checked(embedder, _compared(retain, kept, tokenizer))
     # Nothing of the forget texts goes into a cache.
@@ -272,13 +273,14 @@ def choose_thresholds(
             stacklevel=4,
         )
         return published
-    return calibrate_thresholds(
-        model,
-        tokenizer,
-        heldout,
-        max_length=config.max_length,
-        el_n=config.el_n,
-        el_start=config.el_start,
-        el_floor=published.el,  # EL of texts never seen is almost 0
-        batch_size=config.eval_batch_size,
-    )
+    with Arithmetic.of(model, config.precision).autocast():
+        return calibrate_thresholds(
+            model,
+            tokenizer,
+            heldout,
+            max_length=config.max_length,
+            el_n=config.el_n,
+            el_start=config.el_start,
+            el_floor=published.el,  # EL of texts never seen is almost 0
+            batch_size=config.eval_batch_size,
+        )

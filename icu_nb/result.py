@@ -31,19 +31,14 @@ if TYPE_CHECKING:
 
 # %% ../nbs/library/result.ipynb #937b3702
 _METRICS = ["ma", "el", "bleu", "bert_f1"]
-_HISTORY = [
-    "epoch",
-    "loss",
-    "l_fgt",
-    "l_lrn",
-    "l_kl",
-    *_METRICS,
-    "active",
-    "seconds_train",
-    "seconds_check",
-    "check",
-]
+_LOSSES = ["loss", "l_fgt", "l_lrn", "l_kl"]
+_SECONDS = ["seconds_train", "seconds_check"]
+_HISTORY = ["epoch", *_LOSSES, *_METRICS, "active", *_SECONDS, "check", "arithmetic"]
 _SAMPLES = ["epoch", "id", *_METRICS, "entropy", "distinct", "active", "continuation"]
+
+
+def _bleu_undefined(samples: pd.DataFrame) -> int:
+    return int(samples.loc[samples["bleu"].isna() & samples["continuation"].notna(), "id"].nunique())
 
 
 class Log:
@@ -71,6 +66,10 @@ class Log:
             self.sequences.append(scores.assign(epoch=epoch, active=active))
         return self.epochs[-1]
 
+    def bleu_undefined(self) -> int:
+        "For how many texts there is a continuation and no BLEU: fewer than four true words."
+        return _bleu_undefined(pd.concat(self.sequences)) if self.sequences else 0
+
     def state(self) -> dict:
         "All of it in plain types, for a checkpoint."
         return {
@@ -92,8 +91,7 @@ def _means(scores: pd.DataFrame) -> dict:
     check = scores["check"].iloc[0]
     if scores["el"].isna().any() and not check.startswith("sample"):  # those whose MA passes have the least
         means["el"] = math.nan
-    undefined = int((scores["bleu"].isna() & scores["continuation"].notna()).sum())
-    return {**means, **({"bleu_undefined": undefined} if undefined else {}), "check": check}
+    return {**means, "check": check}
 
 # %% ../nbs/library/result.ipynb #e0a73e63
 def before_and_after(
@@ -229,6 +227,7 @@ class UnlearnResult:
             "stop_reason": self.stop_reason,
             "message": self.message,
             "history": _rows(self.history),
+            "bleu_undefined": _bleu_undefined(self.samples),
             "trained_after_last_row": self.went_on,
             "provenance": provenance(),
         }
@@ -275,9 +274,8 @@ class UnlearnResult:
 
     def _bleu_note(self) -> str:
         "A sentence on the texts that BLEU says nothing about, if there are any."
-        if "bleu_undefined" not in self.history:
-            return ""
-        return _BLEU_NOTE.format(int(self.history["bleu_undefined"].max()))
+        undefined = _bleu_undefined(self.samples)
+        return _BLEU_NOTE.format(undefined) if undefined else ""
 
     def save_pretrained(
         self,
