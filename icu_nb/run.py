@@ -405,7 +405,7 @@ def _require_finite(name: str, value: float, number: int) -> None:
 def _gather(run: Run, measure: Callable[[Sequences, torch.Tensor], Any], among: np.ndarray) -> list:
     "Measure rows of the forget set, each process its share: all results."
     step = 1 if run.accelerator.distributed_type == DistributedType.FSDP else run.world
-    rows = torch.from_numpy(among[run.rank % step :: step])
+    rows = torch.tensor(among[run.rank % step :: step])
     result = None
     with together(), run.arithmetic.autocast():
         if len(rows):

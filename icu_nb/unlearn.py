@@ -89,6 +89,25 @@ def _warn_of_undefined_bleu(run: Run, undefined: int) -> None:
             stacklevel=5,
         )
 
+# %% ../nbs/learn/07_the_loop.ipynb #45c1a055
+def _check(run: Run, progress: Progress) -> pd.DataFrame:
+    "The scores of now, by which sequences become active or the run ends; it ends on a full check only."
+    scores = check_all(run)
+    while True:
+        progress.active = _refine(run, scores)
+        progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
+        if progress.reason is None or scores["check"][0] == "full":
+            return scores
+        scores = check_all(run, scores)
+
+
+def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
+    "Which sequences train next, bool [n]."
+    if run.refinement is None:
+        return np.full(len(scores), True)
+    with together():
+        return np.asarray(run.refinement(scores, run.thresholds), dtype=bool)
+
 # %% ../nbs/learn/07_the_loop.ipynb #24d2c042
 def _next_epoch(
     run: Run,  # what it works with
@@ -112,25 +131,6 @@ def _next_epoch(
     if progress.epoch == 0:
         _warn_of_undefined_bleu(run, progress.log.bleu_undefined())
     return row
-
-
-def _check(run: Run, progress: Progress) -> pd.DataFrame:
-    "The scores of now, by which sequences become active or the run ends; it ends on a full check only."
-    scores = check_all(run)
-    while True:
-        progress.active = _refine(run, scores)
-        progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
-        if progress.reason is None or scores["check"][0] == "full":
-            return scores
-        scores = check_all(run, scores)
-
-
-def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
-    "Which sequences train next, bool [n]."
-    if run.refinement is None:
-        return np.full(len(scores), True)
-    with together():
-        return np.asarray(run.refinement(scores, run.thresholds), dtype=bool)
 
 # %% ../nbs/learn/07_the_loop.ipynb #19440261
 @refuses_old_names
