@@ -85,7 +85,8 @@ def _csv_records(lines: list[str]) -> Iterator[tuple[int, list[str], str]]:
         for cells in reader:
             ends.update(_LINE_END.findall(lines[reader.line_num - 1][-2:]))
             if len(ends) > 1:  # one of them may belong to a text without quotes
-                raise _Malformed(f"line {reader.line_num} ends otherwise than those before", _QUOTE_IT)
+                remedy = "End all lines alike, and put texts that hold line ends in quotes"
+                raise _Malformed(f"line {reader.line_num} ends otherwise than those before", remedy)
             if cells:
                 yield before + 1, cells, "".join(lines[before : reader.line_num])
             before = reader.line_num
