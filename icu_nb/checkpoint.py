@@ -9,18 +9,24 @@ __all__ = ['names_of', 'run_identity', 'CheckpointError', 'Checkpoints', 'Progre
 import dataclasses
 import hashlib
 import json
+import numbers
+import os
 import pickle
 import random
 import shutil
+import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from datasets.fingerprint import Hasher
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -28,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .config import ICUConfig
-from .errors import ICUError, require
+from .errors import ICUError, InputError, first_line, require
 from .iur import Thresholds
 from .language_model import weights_digest
 from .pairs import Task
@@ -90,15 +96,38 @@ def _restore_training(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         torch.cuda.set_rng_state(generators["cuda"])
 
 # %% ../nbs/library/checkpoint.ipynb #880d819e
-_FORMAT = 2  # of checkpoints; 1 had other names of settings
+_FORMAT = 3  # of checkpoints; 1 had other names of settings, 2 no arguments of objectives
+# Settings of memory and duration: they change how a run learns, not what.
+_MAY_CHANGE = (
+    "eval_batch_size",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "max_epochs",
+    "check",
+    "checkpoint_every",
+)
 
 
 def _name_of(plug: Any) -> str:
     "A name that is the same in every process: settings where it has some, else where it was defined."
-    if plug is None or isinstance(plug, str) or dataclasses.is_dataclass(plug):
+    if isinstance(plug, partial):
+        return f"partial of {_name_of(plug.func)}"
+    if dataclasses.is_dataclass(plug):
+        fields = [f"{item.name}={_shown(getattr(plug, item.name))}" for item in dataclasses.fields(plug)]
+        return f"{type(plug).__qualname__}({', '.join(fields)})"
+    if plug is None or isinstance(plug, str):
         return str(plug)
-    name = getattr(plug, "__qualname__", type(plug).__qualname__)
-    return f"{plug.__module__}.{name}"
+    named = plug if hasattr(plug, "__qualname__") else type(plug)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _shown(value: Any) -> str:
+    "The value of a field: as it is where it is plain, else by name, never by its place in memory."
+    if isinstance(value, str | numbers.Number):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_shown, value))})"
+    return _name_of(value)
 
 
 def names_of(
@@ -106,6 +135,19 @@ def names_of(
 ) -> dict[str, str]:
     "The names of a run's exchangeable parts."
     return {name: _name_of(plug) for name, plug in plugs.items()}
+
+
+def _state_of(name: str, plug: Any) -> str:
+    "A hash of what a plug brings along (arguments, fields, closure), the same in every process."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickling
+            return Hasher.hash(plug)
+    except Exception as error:  # whatever an object that cannot be pickled may raise
+        raise InputError(
+            f"`{name}`: it holds what cannot be written down ({first_line(error)}), so its run could not be"
+            " told from others. Give it numbers, strings and tensors alone, or leave checkpoint_dir=None."
+        ) from error
 
 
 def _original_digest(model) -> str:
@@ -131,20 +173,24 @@ def run_identity(
     task: Task,  # its sequences
     config: ICUConfig,  # its settings
     thresholds: Thresholds,  # its thresholds
-    plugs: dict[str, str],  # names of its other parts
+    plugs: dict[str, Any],  # its other parts: objective, refinement and the name of an encoder
 ) -> dict:  # what JSON can hold
     "What a run is told by: what its outcome depends on, as far as we can see it."
+    settings = dataclasses.asdict(config)
+    if config.check == "full" or len(task.forget) <= config.check_sample:
+        settings["check_sample"] = None  # staged and full checks select the same texts: no sample is drawn
     trains = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     return {
         "format": _FORMAT,
-        "config": dataclasses.asdict(config),
+        "config": {name: value for name, value in settings.items() if name not in _MAY_CHANGE},
         "thresholds": dataclasses.asdict(thresholds),
         "model": _original_digest(model),
         "trains": hashlib.sha256(json.dumps(trains).encode()).hexdigest(),
         "forget": _digest(task.forget),
         "neighbors": _digest(task.neighbors),
         "alternatives": _digest(task.alternatives),
-        **plugs,
+        **names_of(**plugs),
+        "arguments": {name: _state_of(name, plug) for name, plug in plugs.items()},
     }
 
 # %% ../nbs/library/checkpoint.ipynb #d7a71ecc
@@ -160,13 +206,16 @@ _REMEDY = {
     "alternatives": "Give the alternatives that the run began with",
     "model": "Load the original model again: a run changes it in place",
     "trains": "Let the same weights train, and add the adapter that the run began with",
+    "arguments": "Give it the arguments, values and code of the old run",
 }
 
 
 def _difference(part: str, was: Any, now: Any) -> str:
     "What differs, in words; texts and weights are hashes, which say nothing."
     if isinstance(was, dict) and isinstance(now, dict):
-        changed = [key for key in now if was.get(key) != now.get(key)]
+        changed = [key for key in was | now if was.get(key) != now.get(key)]
+        if part == "arguments":
+            return " and ".join(f"`{key}` has other arguments than that of the same name" for key in changed)
         return ", ".join(f"{key} was {was.get(key)!r} and is {now.get(key)!r}" for key in changed)
     return f"`{part}` is another one" if part in _REMEDY else f"`{part}` was {was!r} and is {now!r}"
 
@@ -175,7 +224,7 @@ def _require_same_run(stored: dict, identity: dict, name: str) -> None:
     "Raise `CheckpointError` unless both identities are those of the same run."
     if stored.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{name} was written by another version of icu_nb, whose settings have other names."
+            f"{name} was written by another version of icu_nb, which tells runs apart in another way."
             " Resume it with that version, or choose another checkpoint_dir."
         )
     for part, now in identity.items():
@@ -198,6 +247,7 @@ class Checkpoints:
     ):
         self.folder = Path(folder)
         self.identity = json.loads(json.dumps(identity))
+        self.good: Path | None = None  # the one that the run stands on
 
     @classmethod
     def open(
@@ -244,8 +294,12 @@ class Checkpoints:
         return sorted(self.folder.glob("epoch-*"))
 
     def sweep(self) -> None:
-        "Remove what a killed run has left half written."
+        "Remove what a killed run has left half written, and put back what it had moved aside."
         for leftover in self.folder.glob(".epoch-*"):
+            moved_aside = leftover / "old"
+            place = self.folder / leftover.name[1:].rpartition(".")[0]
+            if moved_aside.exists() and not place.exists():
+                os.replace(moved_aside, place)
             shutil.rmtree(leftover, ignore_errors=True)
 
     def save(
@@ -253,21 +307,29 @@ class Checkpoints:
         epoch: int,  # epochs done
         state: dict,  # tensors and plain types
     ) -> None:
-        "Write one; only when it is there does the oldest of three go."
+        "Write one beside the last good one; a third is never on the disk."
+        new = self.folder / f"epoch-{epoch:05}"
+        paths = self.paths()
+        good = self.good or (paths[-1] if paths else new)
         try:
-            with atomic_path(self.folder / f"epoch-{epoch:05}") as new:
-                new.mkdir()
-                write_json(new / "run.json", {"epoch": epoch, **self.identity})
-                torch.save(state, new / "state.pt")
+            for path in paths:
+                if path.name < good.name:
+                    _discard(path)
+            with atomic_path(new) as unfinished:
+                unfinished.mkdir()
+                write_json(unfinished / "run.json", {"epoch": epoch, **self.identity})
+                torch.save(state, unfinished / "state.pt")
+            self.good = new
+            for path in paths:
+                if path.name > new.name:  # the run was resumed from an earlier one
+                    _discard(path)
         except (OSError, RuntimeError) as error:  # PyTorch's writer knows RuntimeError only
-            good = self.paths()
-            what_is_left = f"{good[-1].name} is still good" if good else "There is none yet"
+            left = self.paths()
+            what_is_left = f"{left[-1].name} is still good" if left else "There is none yet"
             raise CheckpointError(
                 f"the checkpoint of epoch {epoch} cannot be written to {self.folder} ({_brief(error)})."
                 f" {what_is_left}; free some space or mend the folder's permissions, then resume."
             ) from error
-        for old in self.paths()[:-2]:
-            shutil.rmtree(old)
 
     def load(
         self,
@@ -279,7 +341,7 @@ class Checkpoints:
         path = Path(path or self.paths()[-1])
         try:
             _require_same_run(_stored_identity(path), self.identity, path.name)
-            return _stored_state(path)
+            state = _stored_state(path)
         except (OSError, ValueError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError) as error:
             why = _brief(error)
             if isinstance(error, pickle.UnpicklingError):
@@ -289,6 +351,15 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path.name} is no whole checkpoint of this library ({why}). {remedy}."
             ) from error
+        self.good = path
+        return state
+
+
+def _discard(path: Path) -> None:
+    "Remove a checkpoint: killed meanwhile, it leaves none that looks whole."
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.replace(path, folder / "discarded")
+    shutil.rmtree(folder)
 
 
 def _brief(error: Exception) -> str:
@@ -325,8 +396,9 @@ class Progress:
         run: "Run",  # what the loop works with
         checkpoints: Checkpoints | None,  # where to; None: nowhere
     ) -> None:
-        "Write a checkpoint: all processes bring their part, the first one writes, and all hear of an error."
-        if checkpoints is None or self.epoch == 0:
+        "Write a checkpoint if it is time: all processes bring their part, the first writes, all hear errors."
+        is_due = self.epoch % run.config.checkpoint_every == 0 or self.reason is not None
+        if checkpoints is None or self.epoch == 0 or not is_due:
             return
         scaler = run.accelerator.scaler
         state = {
@@ -368,4 +440,6 @@ class Progress:
         self.active = state["active"].numpy()
         self.epoch = state["epoch"]
         self.reason = state["reason"]
+        if self.reason in (None, "max_epochs"):  # max_epochs may be another one by now
+            self.reason = "max_epochs" if self.epoch >= run.config.max_epochs else None
         self.log = Log(state["log"])

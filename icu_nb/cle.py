@@ -8,6 +8,8 @@ __all__ = ['pair_learning_loss', 'kl_loss', 'neighbor_terms', 'nearest_allowed',
 
 # %% ../nbs/learn/05_cle.ipynb #7c003a47
 from collections.abc import Callable, Sized
+from functools import cache
+from itertools import islice
 
 import faiss
 import numpy as np
@@ -18,7 +20,7 @@ from .batch import Term
 from .embedding import embed_checked
 from .errors import require, require_number
 from .language_model import mean_token_nll, predicted_positions
-from .text import check_texts, containment, word_ngrams
+from .text import Repeats, check_texts
 
 # %% ../nbs/learn/05_cle.ipynb #c98e2c72
 def pair_learning_loss(
@@ -73,11 +75,14 @@ def nearest_allowed(
     while len(chosen) < len(queries) and depth < len(vectors):
         depth = min(max(4 * depth, 4 * k), len(vectors))
         waiting = [i for i in range(len(queries)) if i not in chosen]
-        _, nearest = faiss.knn(queries[waiting], vectors, depth)
-        for i, candidates in zip(waiting, nearest.tolist(), strict=True):
-            found = [j for j in candidates if allowed(i, j)][:k]
-            if len(found) == k:
-                chosen[i] = found
+        at_once = max(1, 10_000_000 // depth)  # at most 120 MB of distances and indices
+        for part in range(0, len(waiting), at_once):
+            rows = waiting[part : part + at_once]
+            _, nearest = faiss.knn(queries[rows], vectors, depth)
+            for i, candidates in zip(rows, nearest, strict=True):
+                found = list(islice((j for j in candidates.tolist() if allowed(i, j)), k))
+                if len(found) == k:
+                    chosen[i] = found
     return chosen
 
 # %% ../nbs/learn/05_cle.ipynb #2a038323
@@ -87,13 +92,17 @@ def choose_neighbors(
     forget: list[str],  # n texts
     retain: list[str],  # m texts
     k: int = 1,  # neighbors per text
-    max_overlap: float = 0.5,  # a candidate that holds a larger share of the text's 10-grams is passed over
+    max_overlap: float = 0.5,  # a candidate that holds a larger share of the text's n-grams is passed over
 ) -> np.ndarray:  # IntArray [n, k]: indices into `retain`, nearest first
     "The nearest of the pool by L2 distance, near-duplicates passed over."
-    grams = [word_ngrams(text) for text in forget]
+    repeats = Repeats(forget, max_overlap)
+
+    @cache  # a candidate is read once, when the first query asks, however many ask
+    def repeated_by(j: int) -> frozenset[int]:
+        return frozenset(repeats(retain[j]))
 
     def allowed(i: int, j: int) -> bool:
-        return containment(grams[i], word_ngrams(retain[j])) <= max_overlap
+        return i not in repeated_by(j)
 
     chosen = nearest_allowed(vectors, queries, allowed, k)
     lacking = [i for i in range(len(forget)) if i not in chosen]
@@ -109,10 +118,10 @@ def choose_neighbors(
 def check_choice(
     retain: Sized,  # the pool
     k: int,  # neighbors per text
-    max_overlap: float,  # share of 10-grams
+    max_overlap: float,  # share of n-grams
 ) -> None:
     "Raise `InputError` where no neighbors can be chosen, before anything is embedded."
-    require(isinstance(k, int) and k >= 1, "k", f"{k!r} is not a positive integer", "The paper uses k=1")
+    require_number("k", k, 1, whole=True)
     few = f"{len(retain)} texts are fewer than k={k}"
     require(len(retain) >= k, "retain", few, "Give more texts or a smaller k")
     require_number("max_overlap", max_overlap, high=1.0)
@@ -124,7 +133,7 @@ def nearest_neighbors(
     *,
     embedder: Callable,  # texts -> float array [n, D]
     k: int = 1,  # neighbors per text
-    max_overlap: float = 0.5,  # a candidate that holds a larger share of the text's 10-grams is passed over
+    max_overlap: float = 0.5,  # a candidate that holds a larger share of the text's n-grams is passed over
 ) -> np.ndarray:  # IntArray [n, k]: indices into `retain`, nearest first
     "The nearest texts of the retain pool by exact L2 search (faiss), near-duplicates passed over."
     forget, retain = check_texts(forget, "forget"), check_texts(retain, "retain")

@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/library/cli.ipynb #220b8e50
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -41,6 +42,8 @@ _SETTINGS = (
     "micro_batch_size",
     "gradient_checkpointing",
     "max_epochs",
+    "check",
+    "check_sample",
     "check_steps",
     "max_length",
     "el_n",
@@ -152,6 +155,9 @@ def _setting_option(name: str) -> tuple[str, dict[str, Any]]:
     kind = typing.get_type_hints(ICUConfig)[name]
     if kind is bool:
         return about, {"action": "store_true"}
+    words = [word for word in field.metadata["choices"] if word]
+    if words:
+        return about, {"choices": words, "default": field.default}
     number = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     return about, {"type": number, "default": field.default, "metavar": "X" if number is float else "N"}
 
@@ -198,13 +204,11 @@ def _read_option(args: argparse.Namespace, name: str) -> list[str] | None:
     if path is None:
         return None
     try:
-        texts = read_texts(path, args.column)
+        texts = read_texts(path, args.column, name)
     except OSError as error:
         raise InputError(
             f"`{name}`: {path} cannot be read ({error.strerror}). Name a file that can."
         ) from error
-    except InputError as error:  # it does not know which of the files it was
-        raise InputError(re.sub("^`(source|column)`", f"`{name}`", str(error))) from error
     different = list(dict.fromkeys(texts))
     if len(different) < len(texts):
         _tell(f"--{name}: {len(texts) - len(different)} duplicates left out, {len(different)} texts remain")
@@ -365,12 +369,13 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
             f"`out`: {out} cannot be written ({error.__cause__ or error}). Free some space, or mend or move"
             " the folder; then go on with --resume-from-checkpoint."
         ) from error
+    table = before_and_after(result.history, result.thresholds)
     summary = {
         "stop_reason": result.stop_reason,
         "message": result.message,
         "epochs": int(result.history["epoch"].max()),
         "texts": len(result.hashes),
-        **before_and_after(result.history, result.thresholds).loc[["ma", "el"]].to_dict(),
+        **table.loc[["ma", "el"]].astype(object).replace(math.nan, None).to_dict(),
         "out": str(out),
     }
     print(json.dumps(summary, indent=1))

@@ -49,9 +49,9 @@ def refuses_old_names(
     return checked
 
 # %% ../nbs/library/config.ipynb #ea2a83de
-def _setting(default: Any, about: str) -> Any:
-    "A field with its help text, which `icu-unlearn --help` shows too."
-    return field(default=default, metadata={"help": about})
+def _setting(default: Any, about: str, choices: tuple[str | None, ...] = ()) -> Any:
+    "A field with its help text, which `icu-unlearn --help` shows too, and the words that it may be."
+    return field(default=default, metadata={"help": about, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -80,54 +80,82 @@ class ICUConfig:
     n_neighbors: int = _setting(1, "neighbors per forget text")
     max_overlap: float = _setting(
         0.5,
-        "nearer neighbors, by shared 10-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
+        "nearer neighbors, by shared n-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
     )
-    max_grad_norm: float = _setting(
-        1.0, "gradients are clipped to this norm (ours; the paper's code does not clip)"
+    max_grad_norm: float | None = _setting(
+        1.0, "gradients are clipped to this norm; None: they are not clipped, as in the paper's code"
     )
     num_beams: int = _setting(2, "of IUR's continuations")
     stop: str = _setting(
         "thresholds",
         'when both thresholds are met (ours); "all_forgotten": also when no text is left, as the authors do',
+        choices=("thresholds", "all_forgotten"),
+    )
+    check: str = _setting(
+        "staged",
+        "MA of all texts, the rest only where it selects texts or may end the run, and all at the last check;"
+        ' "full": MA, EL and continuations of all texts at every check',
+        choices=("staged", "full"),
+    )
+    check_sample: int = _setting(
+        512, "a staged check measures EL of at most so many texts, a random sample, until the run may end"
     )
     check_every: int = _setting(1, "epochs from one check to the next; the last epoch is always checked")
     check_steps: int | None = _setting(
         None, "also test the thresholds after every so many steps within an epoch"
     )
+    checkpoint_every: int = _setting(
+        1, "epochs from one checkpoint to the next; the last epoch is always written"
+    )
     eval_batch_size: int = _setting(
         64, "sequences per forward pass where nothing is trained; halved while memory does not suffice"
     )
+    precision: str | None = _setting(
+        None,
+        'arithmetic: "fp32", "bf16" or "fp16"; None: 16 bits where they are faster, else fp32',
+        choices=(None, "fp32", "bf16", "fp16"),
+    )
 
     def __post_init__(self):
-        for name in ("alpha", "beta", "learning_rate", "max_grad_norm"):
-            require_number(name, getattr(self, name))
-        require_number("max_overlap", self.max_overlap, high=1.0)
+        for name in ("alpha", "beta", "learning_rate"):
+            self._check_number(name)
+        self._check_number("max_overlap", high=1.0)
+        self._check_number("seed", high=2**32 - 1, whole=True)  # NumPy's range
         for name in _COUNTS:
-            _require_integer(name, getattr(self, name), 1)
+            self._check_number(name, 1, whole=True)
+        self._check_number("check_sample", 2, whole=True)
         for name in ("max_length", "el_start", "check_steps", "micro_batch_size"):
             if getattr(self, name) is not None:
-                _require_integer(name, getattr(self, name), 1, "None, or ")
-        _require_integer("seed", self.seed, 0)
-        stops = ("thresholds", "all_forgotten")
-        require(self.stop in stops, "stop", f"{self.stop!r} is not known", f"Use one of {', '.join(stops)}")
+                self._check_number(name, 1, whole=True, otherwise="None, or ")
+        if self.max_grad_norm is not None:
+            self._check_number("max_grad_norm", otherwise="None, or ")
+            remedy = "Give a number above 0, or None for no clipping"
+            require(self.max_grad_norm > 0, "max_grad_norm", "with 0 no weight would ever move", remedy)
+        for name in ("stop", "check", "precision"):
+            value, known = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
+            remedy = f"Use one of {', '.join(map(str, known))}"
+            require(value in known, name, f"{value!r} is not known", remedy)
+
+    def _check_number(self, name: str, *limits: float, **how: Any) -> None:
+        "Refuse what is no such number, and keep a NumPy number as a plain one; see `require_number`."
+        object.__setattr__(self, name, require_number(name, getattr(self, name), *limits, **how))
 
     @classmethod
     def paper(cls) -> "ICUConfig":
         "The settings of the paper's public code; it goes with `select_published_rule` and an encoder."
-        no_clipping = 1e9  # no gradient is as long
-        return cls(max_length=200, max_overlap=1.0, max_grad_norm=no_clipping, stop="all_forgotten")
+        return cls(max_length=200, max_overlap=1.0, max_grad_norm=None, stop="all_forgotten")
 
 
 # Around `__init__`, whose signature help and completion go on showing.
 ICUConfig.__init__ = refuses_old_names(ICUConfig.__init__)  # type: ignore[method-assign]
 
-_COUNTS = ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "check_every", "eval_batch_size")
-
-
-def _require_integer(name: str, value: Any, least: int, otherwise: str = "") -> None:
-    require(
-        isinstance(value, int) and value >= least,
-        name,
-        f"{value!r} is no integer from {least} on",
-        f"Give {otherwise}{least} or more",
-    )
+_COUNTS = (
+    "batch_size",
+    "max_epochs",
+    "el_n",
+    "n_neighbors",
+    "num_beams",
+    "check_every",
+    "checkpoint_every",
+    "eval_batch_size",
+)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import InputError, require
-from .language_model import context_length, evaluating, halving_batches, weights_digest
+from .language_model import context_length, evaluating, in_batches, weights_digest
 from .models.head import last_hidden_states
 from .plumbing import atomic_path, cache_dir
 from .text import Sequences, tokenize
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/library/embedding.ipynb #ec1e747b
-@halving_batches
-def _mean_states(model, sequences: Sequences, *, batch_size: int = 32) -> torch.Tensor:
+def _mean_states(model, sequences: Sequences, batch_size: int) -> torch.Tensor:
     "The last hidden states [n, H], averaged over the real tokens of each sequence."
-    means = []
-    for batch in sequences.batches(batch_size):
-        batch = batch.to(model.device)
+
+    def measure(rows: list[int]) -> torch.Tensor:
+        batch = sequences[rows].to(model.device)
         real = batch.attention_mask[..., None]
-        means.append((last_hidden_states(model, batch) * real).sum(1) / real.sum(1).clamp(min=1))
-    return torch.cat(means)
+        return (last_hidden_states(model, batch) * real).sum(1) / real.sum(1).clamp(min=1)
+
+    return torch.stack(in_batches(measure, sequences.lengths.tolist(), batch_size, model))
 
 
 def model_embedder(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    batch_size: int = 32,  # texts per forward pass
+    batch_size: int = 32,  # texts of the longest length per forward pass
 ) -> Callable:  # texts -> float32 array [n, H]
     "The offline default: the model's own last hidden states, averaged over a text's tokens, at unit length."
     context = context_length(model)
@@ -50,7 +50,7 @@ def model_embedder(
 
     def embed(texts: list[str]) -> np.ndarray:
         with evaluating(model):
-            means = _mean_states(model, tokenize(texts, tokenizer, max_length), batch_size=batch_size)
+            means = _mean_states(model, tokenize(texts, tokenizer, max_length), batch_size)
             return F.normalize(means.float(), dim=-1).cpu().numpy()
 
     return embed

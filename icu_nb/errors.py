@@ -36,19 +36,24 @@ def require(
 # %% ../nbs/library/errors.ipynb #08a2fd7c
 def require_number(
     name: str,  # the argument's name
-    value: Any,  # its value
+    value: Any,  # its value; a number of NumPy is one, too, and a bool is none
     low: float = 0.0,  # the smallest value allowed
     high: float = math.inf,  # the largest value allowed
-) -> None:
+    *,
+    whole: bool = False,  # only integers
+    otherwise: str = "",  # what else is allowed, for the message: "None, or "
+) -> Any:  # the same as a plain int or float, which JSON can hold
     "Raise `InputError` unless `value` is a number from `low` to `high`; NaN never is."
-    allowed = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    kind = "a whole number" if whole else "a number"
+    allowed = f"at least {low:.10g}" if high == math.inf else f"from {low:.10g} to {high:.10g}"
     require(
         is_number and low <= value <= high and value != math.inf,
         name,
-        f"{value!r} is out of range",
-        f"Give a number {allowed}",
+        f"{value!r} is not {kind} {allowed}",
+        f"Give {otherwise}{kind} {allowed}",
     )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 # %% ../nbs/library/errors.ipynb #bee438ea
 class NonFinite(ArithmeticError):

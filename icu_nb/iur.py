@@ -16,7 +16,7 @@ import pandas as pd
 
 from .errors import require, require_number
 from .language_model import context_length, generate_continuations
-from .metrics import memorization_scores
+from .metrics import memorization_accuracy, memorization_scores
 from .text import Sequences, check_texts, el_positions, pad_id, prompt_suffix, tokenize
 from .text_scores import BERTScorer, distinct_n, sentence_bleu, token_entropy
 
@@ -37,7 +37,8 @@ class Thresholds:
 
     def __post_init__(self):
         for name in ("bleu", "bert_f1", "ma", "el"):
-            require_number(name, getattr(self, name), high=1.0)
+            number = require_number(name, getattr(self, name), high=1.0)
+            object.__setattr__(self, name, number)  # a plain one, for JSON; the class is frozen
         require(self.rule in ("any", "all"), "rule", f"{self.rule!r} is not known", 'Use "any" or "all"')
 
     @classmethod
@@ -70,13 +71,15 @@ def calibrate_thresholds(
     problem = f"texts {long[:5]} are longer than the model's context of {context} tokens"
     require(not long, "heldout", problem, "Set max_length, or cut them")
     el_positions(lengths, el_n, el_start, "heldout", "el_")
-    ids, mask = sequences.input_ids, sequences.attention_mask
     accuracy, likelihood = memorization_scores(
-        model, ids, mask, n=el_n, start=el_start, batch_size=batch_size
+        model, sequences, n=el_n, start=el_start, batch_size=batch_size
     )
     return Thresholds(ma=accuracy.mean().item(), el=max(likelihood.mean().item(), el_floor))
 
 # %% ../nbs/learn/06_iur.ipynb #6e37ecac
+_SCORES = ("ma", "el", "bleu", "bert_f1", "entropy", "distinct")
+
+
 def score_forget_set(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -87,53 +90,69 @@ def score_forget_set(
     scorer: BERTScorer | None = None,  # None: BERTScore is NaN, and BLEU alone decides
     num_beams: int = 2,  # of the continuations
     batch_size: int = 32,  # sequences per forward pass
+    measures: tuple[str, ...] = ("ma", "el", "continuation"),  # what is measured; the rest is NaN
 ) -> pd.DataFrame:  # a row per sequence: id, ma, el, bleu, bert_f1, entropy, distinct, continuation
     "Every forget sequence checked: its MA and EL, the continuation of its prompt, and the scores of that."
-    ids, mask = sequences.input_ids, sequences.attention_mask
-    accuracy, likelihood = memorization_scores(model, ids, mask, n=n, start=start, batch_size=batch_size)
-    prompts, suffixes = prompt_suffix(sequences)
+    scores = pd.DataFrame({"id": range(len(sequences))}).assign(**dict.fromkeys(_SCORES, math.nan))
+    scores["continuation"] = pd.Series([None] * len(sequences), dtype=object)
+    if "el" in measures:  # MA comes along
+        both = memorization_scores(model, sequences, n=n, start=start, batch_size=batch_size)
+        scores["ma"], scores["el"] = (values.numpy() for values in both)
+    elif "ma" in measures:
+        scores["ma"] = memorization_accuracy(model, sequences, batch_size=batch_size).numpy()
+    if "continuation" not in measures:
+        return scores
+    prompts, suffixes = prompt_suffix(sequences, tokenizer)
     lengths = [len(suffix) for suffix in suffixes]
     how = {"pad_token_id": pad_id(tokenizer), "num_beams": num_beams, "batch_size": batch_size}
     tokens = generate_continuations(model, prompts, lengths, **how)
     texts, truths = tokenizer.batch_decode(tokens), tokenizer.batch_decode(suffixes)
-    columns = {
-        "id": range(len(sequences)),
-        "ma": accuracy.numpy(),
-        "el": likelihood.numpy(),
-        "bleu": sentence_bleu(texts, truths),
-        "bert_f1": math.nan if scorer is None else scorer(texts, truths),
-        "entropy": [token_entropy(row) for row in tokens],
-        "distinct": [distinct_n(row) for row in tokens],
-        "continuation": texts,
-    }
-    return pd.DataFrame(columns)
+    return scores.assign(
+        bleu=sentence_bleu(texts, truths),
+        bert_f1=math.nan if scorer is None else scorer(texts, truths),
+        entropy=[token_entropy(row) for row in tokens],
+        distinct=[distinct_n(row) for row in tokens],
+        continuation=texts,
+    )
 
 # %% ../nbs/learn/06_iur.ipynb #ef79d7c4
 def is_forgotten(
     scores: pd.DataFrame,  # from `score_forget_set`
-    thresholds: Thresholds,  # bleu, bert_f1 and rule are used
+    thresholds: Thresholds,  # bleu, bert_f1 and rule are used; ma and el where BLEU is not defined
 ) -> np.ndarray:  # bool [n]
     "Which sequences count as forgotten: BLEU or (rule 'all': and) BERTScore F1 is under its threshold."
-    bleu = (scores["bleu"] < thresholds.bleu).to_numpy()
-    if scores["bert_f1"].isna().all():  # there was no encoder
-        return bleu
+    forgotten = (scores["bleu"] < thresholds.bleu).to_numpy(copy=True)  # never if not measured
     bert = (scores["bert_f1"] < thresholds.bert_f1).to_numpy()
-    return bleu | bert if thresholds.rule == "any" else bleu & bert
+    if scores["bert_f1"].notna().any():  # there is an encoder
+        forgotten = forgotten | bert if thresholds.rule == "any" else forgotten & bert
+    undefined = _bleu_undefined(scores)
+    if undefined.any():
+        forgotten[undefined] = ~select_icu(scores[undefined], thresholds)
+    return forgotten
+
+
+def _bleu_undefined(scores: pd.DataFrame) -> np.ndarray:
+    "Where there is a continuation and no BLEU: the truth has fewer than four words."
+    undefined = scores["bleu"].isna()
+    if "continuation" in scores:  # without one BLEU is only not known
+        undefined &= scores["continuation"].notna()
+    return undefined.to_numpy()
 
 # %% ../nbs/learn/06_iur.ipynb #f2019b57
 def thresholds_met(
     scores: pd.DataFrame,  # from `score_forget_set`
     thresholds: Thresholds,  # ma and el are used
 ) -> bool:
-    "Whether the mean MA and the mean EL are both at or under their thresholds."
-    return bool(scores["ma"].mean() <= thresholds.ma and scores["el"].mean() <= thresholds.el)
+    "Whether the mean MA and the mean EL are both at or under their thresholds; never if one is not known."
+    ma, el = scores["ma"].mean(skipna=False), scores["el"].mean(skipna=False)
+    return bool(ma <= thresholds.ma and el <= thresholds.el)
 
 # %% ../nbs/learn/06_iur.ipynb #a5e1181f
 def select_icu(
     scores: pd.DataFrame,  # from `score_forget_set`
     thresholds: Thresholds,  # ma and el are used
 ) -> np.ndarray:  # bool [n]
-    "ICU: the sequences train next whose own MA or EL is over its threshold."
+    "ICU: the sequences train next whose own MA or EL is over its threshold; EL that is not known is not."
     return ((scores["ma"] > thresholds.ma) | (scores["el"] > thresholds.el)).to_numpy()
 
 

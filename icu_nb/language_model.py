@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['without_adapter', 'predicted_positions', 'token_losses', 'mean_token_nll', 'weights_digest', 'evaluating',
-           'context_length', 'halving_batches', 'generate_continuations']
+           'context_length', 'in_batches', 'generate_continuations']
 
 # %% ../nbs/library/language_model.ipynb #fba9533d
-import functools
 import hashlib
-import inspect
 import math
-from collections.abc import Callable, Container, Iterator
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils.memory import find_executable_batch_size, should_reduce_batch_size
+from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from transformers import GenerationConfig, StoppingCriteria
+
+from .errors import ICUError, first_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,26 +101,88 @@ def context_length(
     return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 # %% ../nbs/library/language_model.ipynb #428d6497
-def halving_batches(
-    function: Callable,  # takes a keyword `batch_size`, with a default
-) -> Callable:
-    "A decorator: while memory does not suffice, the call is made again with half the batch size."
-    default = inspect.signature(function).parameters["batch_size"].default
+def _by_length(
+    lengths: list[int],  # tokens of every row
+    batch_size: int,  # rows of the longest length per batch
+) -> list[list[int]]:
+    "Rows of like length together, the longest first; at most a quarter of a batch is padding."
+    room = batch_size * max(lengths, default=0)  # tokens per batch, padding included
+    batches: list[list[int]] = []
+    real = 0  # tokens of the last batch
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        size = len(batches[-1]) + 1 if batches else 1
+        padded = size * lengths[batches[-1][0]] if batches else 0
+        # A row of few tokens takes some memory, too: at most four times as many rows.
+        fits = size <= 4 * batch_size and padded <= room and real + lengths[row] >= 0.75 * padded
+        if not batches or not fits:
+            batches.append([])
+            real = 0
+        batches[-1].append(row)
+        real += lengths[row]
+    return batches
 
-    @functools.wraps(function)
-    def wrapped(*args, batch_size=default, **options):
-        def attempt(size: int):
-            return function(*args, batch_size=size, **options)
+# %% ../nbs/library/language_model.ipynb #80c3dcf4
+class _OutOfMemory(ICUError, torch.OutOfMemoryError):
+    "Not even the smallest batch fits; the message says what to do."
 
+
+def _is_out_of_memory(
+    error: BaseException,  # what went wrong
+) -> bool:
+    "Whether less at a time might succeed."
+    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
+
+
+# model -> what is done with it -> the most tokens per batch, once a larger one did not fit
+_room: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
+
+
+def _in_halves(function: Callable, rows: list[int], lengths: list[int], model: torch.nn.Module) -> list:
+    "What `function` gives for these rows; where memory does not suffice, for one half after the other."
+    known = _room.setdefault(model, {})
+    longest = max(lengths[row] for row in rows)
+    middle = (len(rows) + 1) // 2
+    if len(rows) == 1 or len(rows) * longest <= known.get(function.__qualname__, math.inf):
         try:
-            return attempt(batch_size)
+            return list(function(rows))
         except RuntimeError as error:
-            if batch_size < 2 or not should_reduce_batch_size(error):
+            if not _is_out_of_memory(error):
                 raise
-        smaller = [batch_size >> k for k in range(1, batch_size.bit_length() + 1)]  # 16, 8, 4, 2, 1, 0
-        return find_executable_batch_size(attempt, smaller[0], iter(smaller[1:]).__next__)()
+            if len(rows) == 1:
+                raise _too_long(error, longest) from error
+        release_memory()  # out here the error holds its tensors no more
+        known[function.__qualname__] = middle * longest
+    halves = rows[:middle], rows[middle:]
+    return [result for half in halves for result in _in_halves(function, half, lengths, model)]
 
-    return wrapped
+
+def _too_long(error: RuntimeError, length: int) -> RuntimeError:
+    "The error that says what to do about a single row."
+    if isinstance(error, _OutOfMemory):  # of a part of the work on this row
+        return error
+    return _OutOfMemory(
+        f"`max_length`: a single sequence of {length} tokens does not fit into memory. Cut the texts with a"
+        " smaller max_length, load the model in 16 bits, or use a device with more memory"
+        " (gradient_checkpointing saves memory only in training)."
+        f" The original error: {first_line(error)}"
+    )
+
+
+def in_batches(
+    function: Callable[[list[int]], Iterable],  # rows -> a result for each of them, by one forward pass
+    lengths: list[int],  # tokens of every row
+    batch_size: int,  # rows of the longest length per pass; shorter ones: up to four times as many
+    model: torch.nn.Module,  # whose pass it is; how much fits is remembered
+    batches: list[list[int]] | None = None,  # rows to take together; None: those of like length
+) -> list:  # the results, in the order of the rows
+    "Call `function` on batches of rows; one that does not fit into memory is halved, and no other."
+    results = [None] * len(lengths)
+    for rows in batches or _by_length(lengths, batch_size):
+        for row, result in zip(rows, _in_halves(function, rows, lengths, model), strict=True):
+            results[row] = result
+    return results
 
 # %% ../nbs/library/language_model.ipynb #cfdb04f8
 class _OwnLength(StoppingCriteria):
@@ -158,7 +221,6 @@ def _pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor
     return ids, mask
 
 # %% ../nbs/library/language_model.ipynb #295b4aec
-@halving_batches
 @torch.no_grad()
 def generate_continuations(
     model: "PreTrainedModel | PeftModel",  # a causal LM
@@ -168,27 +230,31 @@ def generate_continuations(
     pad_token_id: int = 0,  # fills the left of shorter prompts, masked
     num_beams: int = 2,  # beam width; the authors use 2
     sampling: dict | None = None,  # instead: settings of `generate`, such as temperature; seed first
-    batch_size: int = 32,  # prompts at a time
+    batch_size: int = 32,  # prompts of the longest length at a time
 ) -> list[list[int]]:
     "Beam-search (or sampled) continuations of exactly the given lengths; EOS is an ordinary token."
+    search: dict = {"do_sample": False, "num_beams": num_beams, "early_stopping": num_beams > 1}
+    batches = None
     if sampling:
         search = {"do_sample": True, **sampling}
-    else:
-        search = {"do_sample": False, "num_beams": num_beams, "early_stopping": num_beams > 1}
-    continuations = []
+        # In the order given, because draws depend on what is drawn together.
+        batches = [list(range(len(prompts)))[k : k + batch_size] for k in range(0, len(prompts), batch_size)]
+
+    def write(rows: list[int]) -> list[list[int]]:
+        own_lengths = torch.tensor([lengths[row] for row in rows])
+        ids, mask = _pad_left([prompts[row] for row in rows], pad_token_id)
+        width = ids.shape[1]
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=int(own_lengths.max()),
+            pad_token_id=pad_token_id,
+            stopping_criteria=[_OwnLength(width + own_lengths)],
+            **search,
+        )
+        written = zip(output.tolist(), own_lengths.tolist(), strict=True)
+        return [tokens[width : width + n] for tokens, n in written]
+
+    totals = [len(prompt) + n for prompt, n in zip(prompts, lengths, strict=True)]
     with _plain_generation(model):
-        for k in range(0, len(prompts), batch_size):
-            chunk_lengths = torch.tensor(lengths[k : k + batch_size])
-            ids, mask = _pad_left(prompts[k : k + batch_size], pad_token_id)
-            width = ids.shape[1]
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=int(chunk_lengths.max()),
-                pad_token_id=pad_token_id,
-                stopping_criteria=[_OwnLength(width + chunk_lengths)],
-                **search,
-            )
-            for row, n in zip(output.tolist(), chunk_lengths.tolist(), strict=True):
-                continuations.append(row[width : width + n])
-    return continuations
+        return in_batches(write, totals, batch_size, model, batches)

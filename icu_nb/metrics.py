@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import require
-from .language_model import context_length, evaluating, halving_batches, token_losses
+from icu_nb.language_model import (
+    context_length,
+    evaluating,
+    in_batches,
+    predicted_positions,
+    token_losses,
+)
 from .models.rollouts import greedy_pass, needed_rollouts, roll_out
 from .text import Sequences, check_texts, el_positions, pad, pad_id, real_tokens, tokenize
 
@@ -25,28 +31,30 @@ def _matches(
     greedy: torch.Tensor,  # from `greedy_pass`
     batch: Sequences,  # the same batch
 ) -> torch.Tensor:  # float Tensor [B], on the CPU
-    "The share of real tokens after the first that are the greedy ones; 0 for a sequence of one token."
-    real = batch.attention_mask[:, 1:].bool()
-    hits = ((greedy == batch.input_ids)[:, 1:] & real).sum(1)
-    return hits.cpu().double() / real.sum(1).clamp(min=1).cpu()  # Apple's GPUs know no float64
+    "The share of tokens that count which are the greedy ones; 0 for a sequence of one token."
+    counts = predicted_positions(batch.loss_mask)
+    hits = ((greedy == batch.input_ids)[:, 1:] & counts).sum(1)
+    return hits.cpu().double() / counts.sum(1).clamp(min=1).cpu()  # Apple's GPUs know no float64
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #504602cb
-@halving_batches
 def memorization_accuracy(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
-    batch_size: int = 32,  # sequences per forward pass
+    prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
+    batch_size: int = 32,  # sequences of the longest length per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "MA: the share of tokens, the first left out, that the model ranks first given the true ones before."
-    sequences, scores = real_tokens(input_ids, attention_mask, context_length(model)), []
+    sequences = real_tokens(input_ids, attention_mask, context_length(model), prompt_lengths)
+
+    def measure(rows: list[int]) -> torch.Tensor:
+        batch = sequences[rows].to(model.device)
+        greedy, _ = greedy_pass(model, batch)
+        return _matches(greedy, batch)
+
     with evaluating(model):
-        for batch in sequences.batches(batch_size):
-            batch = batch.to(model.device)
-            greedy, _ = greedy_pass(model, batch)
-            scores.append(_matches(greedy, batch))
-    return torch.cat(scores)
+        return torch.stack(in_batches(measure, sequences.lengths.tolist(), batch_size, model))
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #f9cc2656
 def overlap(
@@ -80,45 +88,53 @@ def _el_from_rollouts(
     return sum(overlaps) / len(overlaps)
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #3fd6df3e
-@halving_batches
 def memorization_scores(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
+    prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    start: int | None = None,  # EL's first offset; None: 3/4 of the real length
-    batch_size: int = 32,  # sequences per forward pass; four times as many continuations
+    start: int | None = None,  # see `extraction_likelihood`
+    batch_size: int = 32,  # sequences of the longest length per pass; four times as many continuations
 ) -> tuple[torch.Tensor, torch.Tensor]:  # MA and EL_n: float Tensors [n] in [0, 1], on the CPU
     "MA and EL_n from one teacher-forced pass, with continuations only where the greedy token is wrong."
-    sequences = real_tokens(input_ids, attention_mask, context_length(model))
-    starts = el_positions(sequences.lengths.tolist(), n, start)
-    accuracy, likelihood = [], []
+    sequences = real_tokens(input_ids, attention_mask, context_length(model), prompt_lengths)
+    prompts = sequences.prompt_lengths.tolist()
+    starts = el_positions(sequences.lengths.tolist(), n, start, prompt_lengths=prompts)
+
+    def measure(rows: list[int]) -> list[tuple[float, float]]:
+        batch = sequences[rows].to(model.device)
+        tokens, own_starts = batch.tokens(), [starts[row] for row in rows]
+        greedy, cache = greedy_pass(model, batch, use_cache=True)
+        known = zip(tokens, greedy.tolist(), own_starts, strict=True)
+        needed = [needed_rollouts(*row, n) for row in known]
+        rollouts = roll_out(model, batch, greedy, cache, needed, 4 * batch_size)
+        known = zip(tokens, rollouts, own_starts, strict=True)
+        likelihood = [_el_from_rollouts(*row, n) for row in known]
+        return list(zip(_matches(greedy, batch).tolist(), likelihood, strict=True))
+
     with evaluating(model):
-        for first in range(0, len(sequences), batch_size):
-            batch = sequences[first : first + batch_size].to(model.device)
-            tokens, own_starts = batch.tokens(), starts[first : first + batch_size]
-            greedy, cache = greedy_pass(model, batch, use_cache=True)
-            accuracy.append(_matches(greedy, batch))
-            rows = zip(tokens, greedy.tolist(), own_starts, strict=True)
-            needed = [needed_rollouts(*row, n) for row in rows]
-            rollouts = roll_out(model, batch, greedy, cache, needed, 4 * batch_size)
-            rows = zip(tokens, rollouts, own_starts, strict=True)
-            likelihood += [_el_from_rollouts(*row, n) for row in rows]
-    return torch.cat(accuracy), torch.tensor(likelihood, dtype=torch.float64)
+        scores = in_batches(measure, sequences.lengths.tolist(), batch_size, model)
+    accuracy, likelihood = torch.tensor(scores, dtype=torch.float64).T
+    return accuracy, likelihood
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #9e14e08e
 def extraction_likelihood(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
+    prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    start: int | None = None,  # first offset; None: 3/4 of the real length (150 of 200 in ICU; KUMPR: 1)
-    batch_size: int = 32,  # sequences per forward pass
+    # First offset; None: 3/4 of the real length (150 of 200 in ICU; KUMPR: 1). Where there is a prompt it is
+    # counted from behind it, and None is the answer's first token.
+    start: int | None = None,
+    batch_size: int = 32,  # sequences of the longest length per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "EL_n: the share of n-grams of the true rest in greedy continuations, averaged over where they begin."
-    return memorization_scores(model, input_ids, attention_mask, n=n, start=start, batch_size=batch_size)[1]
+    options = {"prompt_lengths": prompt_lengths, "n": n, "start": start, "batch_size": batch_size}
+    return memorization_scores(model, input_ids, attention_mask, **options)[1]
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #03000402
 def _sliding_windows(
@@ -131,7 +147,6 @@ def _sliding_windows(
     return [(tokens[k * stride : k * stride + width], width - stride if k else 0) for k in range(last + 1)]
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #d3f7b790
-@halving_batches
 def perplexity(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -139,7 +154,7 @@ def perplexity(
     *,
     max_length: int = 512,  # tokens the model reads at once; its context at most
     stride: int | None = None,  # tokens from one window to the next; None: longer texts are cut
-    batch_size: int = 8,  # texts or windows per forward pass
+    batch_size: int = 8,  # texts or windows of the longest length per forward pass
 ) -> float:
     "exp of the mean negative log-likelihood per token, over all tokens of all texts (not a mean of means)."
     width = int(min(max_length, context_length(model)))
@@ -150,13 +165,15 @@ def perplexity(
     windows = [window for row in rows for window in _sliding_windows(row, width, stride or width)]
     sequences = pad([tokens for tokens, _ in windows], pad_id(tokenizer))
     first_new = torch.tensor([first for _, first in windows])
-    total, count = 0.0, 0
+
+    def measure(rows: list[int]) -> list[list[float]]:
+        batch = sequences[rows].to(model.device)
+        nll, real = token_losses(model(**batch.inputs).logits, **batch.inputs)
+        counts = real & (torch.arange(1, nll.shape[1] + 1) >= first_new[rows, None]).to(real.device)
+        return torch.stack([nll.where(counts, 0.0).sum(1), counts.sum(1)], dim=1).tolist()
+
     with evaluating(model):
-        for batch, first in zip(sequences.batches(batch_size), first_new.split(batch_size), strict=True):
-            batch = batch.to(model.device)
-            nll, real = token_losses(model(**batch.inputs).logits, **batch.inputs)
-            counts = real & (torch.arange(1, nll.shape[1] + 1) >= first[:, None]).to(real.device)
-            total += nll[counts].sum().item()
-            count += int(counts.sum())
+        sums = in_batches(measure, sequences.lengths.tolist(), batch_size, model)
+    total, count = torch.tensor(sums, dtype=torch.float64).sum(0).tolist()
     require(count > 0, "texts", "no text has two tokens, so there is nothing to predict", "Give longer texts")
     return float(torch.tensor(total / count, dtype=torch.float64).exp())

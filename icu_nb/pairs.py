@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import torch
 
@@ -24,6 +23,7 @@ from .embedding import Embedder, embed_checked, model_embedder, sentence_embedde
 from .errors import require
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
+from .tables import read_table
 from .text import Sequences, check_texts, el_positions, pad, pad_id
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 # %% ../nbs/library/pairs.ipynb #cea55170
 def _given_tokens(rows: Any, tokenizer, argument: str) -> list[list[int]]:
     "The tokens of a data set, or one clear error when they cannot be used."
-    tokens = [list(row) for row in rows]
+    missing = [i for i, row in enumerate(rows) if not isinstance(row, (list, tuple, np.ndarray))]
+    require(not missing, argument, f"no tokens at index {missing[:5]}", "Remove or mend these")
+    tokens = [[int(token) for token in row] for row in rows]
     require(
         len(tokens) > 0 and all(tokens),
         argument,
@@ -52,18 +54,10 @@ def _given_tokens(rows: Any, tokenizer, argument: str) -> list[list[int]]:
 
 def _read(source: Any, tokenizer, argument: str) -> tuple[list[str], list[list[int]] | None]:
     "Texts, and their tokens if the source has them."
-    if not isinstance(source, datasets.Dataset):
-        return check_texts(source, argument), None
-    columns = source.column_names
-    require(
-        "text" in columns or "input_ids" in columns,
-        argument,
-        f"the data set has the columns {columns}",
-        "Give it a `text` or an `input_ids` column",
-    )
-    if "input_ids" not in columns:
-        return check_texts(source["text"], argument), None
-    tokens = _given_tokens(source["input_ids"], tokenizer, argument)
+    table = read_table(source, ["text", "input_ids"], argument, files=False)
+    if "input_ids" not in table:
+        return check_texts(table["text"], argument), None
+    tokens = _given_tokens(table["input_ids"], tokenizer, argument)
     return tokenizer.batch_decode(tokens), tokens
 
 # %% ../nbs/library/pairs.ipynb #52b2fefe

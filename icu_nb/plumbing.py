@@ -7,6 +7,7 @@ __all__ = ['seed_everything', 'best_device', 'mixed_precision', 'require_package
            'provenance', 'peak_memory']
 
 # %% ../nbs/library/plumbing.ipynb #395b02ab
+import errno
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 
-from .errors import ICUError, require
+from .errors import ICUError, require_number
 
 # %% ../nbs/library/plumbing.ipynb #880ffc93
 # Without ipywidgets tqdm draws plain bars; that is fine and needs no warning in every notebook.
@@ -37,13 +38,7 @@ def seed_everything(
     seed: int = 0,  # from 0 to 2**32 - 1, NumPy's range
 ) -> None:
     "Seed Python, NumPy and PyTorch, on every device."
-    require(
-        isinstance(seed, int) and 0 <= seed < 2**32,
-        "seed",
-        f"{seed!r} is not a whole number from 0 to 2**32 - 1",
-        "Give for example seed=0",
-    )
-    transformers.set_seed(seed)
+    transformers.set_seed(require_number("seed", seed, high=2**32 - 1, whole=True))
 
 # %% ../nbs/library/plumbing.ipynb #fb55cad5
 def best_device() -> torch.device:
@@ -71,6 +66,20 @@ def require_package(
         raise ICUError(f"`{module}` is not installed. Run `pip install icu_nb[{extra}]`.")
 
 # %% ../nbs/library/plumbing.ipynb #2d9c7930
+def _sync(path: Path) -> None:
+    "Have the disk hold a file, or a folder's list of names, before anything else is done."
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network drives cannot do it for folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_path(
     path: str | Path,  # the file or folder that shall exist afterwards, whole or not at all
@@ -79,12 +88,20 @@ def atomic_path(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new, old = folder / path.name, folder / "old"
     try:
-        yield folder / path.name
+        yield new
+        # A power failure must not leave the new name without its content.
+        for written in [*new.rglob("*"), new]:
+            _sync(written)
         if path.is_dir():  # a folder cannot be renamed onto a full one: the old one is moved aside first
-            os.replace(path, folder / "old")
-        os.replace(folder / path.name, path)
+            os.replace(path, old)
+        os.replace(new, path)
+        _sync(path.parent)
     finally:
+        # Where this fails too, the old folder stays where it is.
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/library/plumbing.ipynb #5c00955e

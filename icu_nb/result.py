@@ -8,6 +8,7 @@ __all__ = ['Log', 'before_and_after', 'UnlearnResult']
 # %% ../nbs/library/result.ipynb #55e60a9a
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
 
 # %% ../nbs/library/result.ipynb #937b3702
 _METRICS = ["ma", "el", "bleu", "bert_f1"]
-_HISTORY = ["epoch", "loss", "l_fgt", "l_lrn", "l_kl", *_METRICS, "active", "seconds_train", "seconds_check"]
+_HISTORY = [
+    "epoch",
+    "loss",
+    "l_fgt",
+    "l_lrn",
+    "l_kl",
+    *_METRICS,
+    "active",
+    "seconds_train",
+    "seconds_check",
+    "check",
+]
 _SAMPLES = ["epoch", "id", *_METRICS, "entropy", "distinct", "active", "continuation"]
 
 
@@ -47,13 +59,13 @@ class Log:
         self,
         epoch: int,  # epochs done
         losses: dict[str, float],  # the mean of the loss and of its terms
-        scores: pd.DataFrame | None,  # from the check; None: there was none
+        scores: pd.DataFrame | None,  # from `check_all`; None: there was no check
         active: np.ndarray,  # bool [n]: which sequences train next
         seconds: dict[str, float],  # of training and of the check
     ) -> dict:  # the new row of the history, which may be added to
         "Note one epoch; one without a check has no scores."
-        means = {} if scores is None else scores[_METRICS].mean().to_dict()
-        self.epochs.append({"epoch": epoch, **losses, **means, "active": int(active.sum()), **seconds})
+        found = {} if scores is None else _means(scores)
+        self.epochs.append({"epoch": epoch, **losses, **found, "active": int(active.sum()), **seconds})
         if scores is not None:
             self.sequences.append(scores.assign(epoch=epoch, active=active))
         return self.epochs[-1]
@@ -69,14 +81,24 @@ class Log:
         "History and samples; columns that only this run has stand last."
         history = pd.DataFrame(self.epochs)
         extra = [name for name in history.columns if name not in _HISTORY]
-        samples = pd.concat(self.sequences, ignore_index=True) if self.sequences else pd.DataFrame()
+        samples = pd.DataFrame(self.state()["sequences"])  # of the same types, resumed or not
         return history.reindex(columns=[*_HISTORY, *extra]), samples.reindex(columns=_SAMPLES)
+
+
+def _means(scores: pd.DataFrame) -> dict:
+    "What kind of check it was, and the means of what was measured for all sequences or a sample of all."
+    means = scores[_METRICS].mean().to_dict()
+    check = scores["check"].iloc[0]
+    if scores["el"].isna().any() and not check.startswith("sample"):  # those whose MA passes have the least
+        means["el"] = math.nan
+    undefined = int((scores["bleu"].isna() & scores["continuation"].notna()).sum())
+    return {**means, **({"bleu_undefined": undefined} if undefined else {}), "check": check}
 
 # %% ../nbs/library/result.ipynb #e0a73e63
 def before_and_after(
     history: pd.DataFrame,  # of a run
     thresholds: Thresholds,  # its thresholds
-) -> pd.DataFrame:  # a row per metric that was measured: before, after, threshold (of the stop rule)
+) -> pd.DataFrame:  # a row per metric: before, after (NaN: not measured), threshold (of the stop rule)
     "The first and the last check of a run."
     checked = history.dropna(subset="ma")
     require(
@@ -86,7 +108,7 @@ def before_and_after(
         "Run it again, or save the model itself",
     )
     checked = checked.iloc[[0, -1]]
-    table = checked[_METRICS].T.set_axis(["before", "after"], axis=1).dropna()
+    table = checked[_METRICS].T.set_axis(["before", "after"], axis=1).dropna(how="all").astype(float)
     return table.assign(threshold=pd.Series({"ma": thresholds.ma, "el": thresholds.el}))
 
 # %% ../nbs/library/result.ipynb #5dc43b10
@@ -131,6 +153,10 @@ here. Passing these metrics is no proof of erasure in the sense of any law.
 
 Made on {machine}, {day}, with {versions}.
 """
+_BLEU_NOTE = """
+
+BLEU is not defined for {} of the texts, whose true continuations have fewer than four words between spaces.
+Its mean is over the others; wherever BLEU decides, MA and EL decide for these."""
 
 
 def _markdown_table(table: pd.DataFrame) -> str:
@@ -215,12 +241,18 @@ class UnlearnResult:
             how="\n".join(f"- {key}: {value}" for key, value in how.items()),
             message=self.message,
             epochs=int(self.history["epoch"].max()),
-            table=_markdown_table(table),
+            table=_markdown_table(table) + self._bleu_note(),
             version=versions["icu_nb"],
             machine=facts["provenance"]["machine"],
             day=f"{pd.Timestamp.now():%Y-%m-%d}",
             versions=" ".join(f"{key} {versions[key]}" for key in ("torch", "transformers")),
         )
+
+    def _bleu_note(self) -> str:
+        "A sentence on the texts that BLEU says nothing about, if there are any."
+        if "bleu_undefined" not in self.history:
+            return ""
+        return _BLEU_NOTE.format(int(self.history["bleu_undefined"].max()))
 
     def save_pretrained(
         self,

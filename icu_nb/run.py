@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from .checkpoint import Progress
 from .config import ICUConfig
 from .errors import NonFinite, require
-from .iur import Thresholds, score_forget_set
-from .metrics import extraction_likelihood, memorization_accuracy
+from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
+from .metrics import memorization_accuracy
 from .models.loading import source_of
 from .models.memory import fuse_activations, recompute_layers
 from .objective import Objective, as_objective
@@ -271,10 +271,10 @@ def _require_finite(name: str, value: float, number: int) -> None:
         raise NonFinite(f"the {name} is {value} in batch {number}; the model is as it was before that step")
 
 # %% ../nbs/library/run.ipynb #0ebab1f9
-def _gather(run: Run, measure: Callable[[Sequences, torch.Tensor], Any]) -> list:
-    "Measure the forget set, each process its share: the results of all. NaN on one is an error on all."
+def _gather(run: Run, measure: Callable[[Sequences, torch.Tensor], Any], among: np.ndarray) -> list:
+    "Measure rows of the forget set, each process its share: all results. NaN on one is an error on all."
     step = 1 if run.accelerator.distributed_type == DistributedType.FSDP else run.world
-    rows = torch.arange(run.rank % step, len(run.task.forget), step)
+    rows = torch.from_numpy(among[run.rank % step :: step])
     result = None
     try:
         if len(rows):
@@ -289,10 +289,8 @@ def _gather(run: Run, measure: Callable[[Sequences, torch.Tensor], Any]) -> list
     return [one for one in results if one is not None]
 
 
-def check_all(
-    run: Run,  # what it works with
-) -> pd.DataFrame:  # from `score_forget_set`
-    "IUR's look at every sequence, in the arithmetic of the run."
+def _score(run: Run, rows: np.ndarray, *measures: str) -> pd.DataFrame:
+    "Some of the forget set scored, in the arithmetic of the run; in the order of their rows."
 
     def look(sequences: Sequences, rows: torch.Tensor) -> pd.DataFrame:
         scores = score_forget_set(
@@ -304,16 +302,89 @@ def check_all(
             n=run.config.el_n,
             start=run.config.el_start,
             batch_size=run.config.eval_batch_size,
+            measures=measures,
         )
         return scores.assign(id=rows.tolist())
 
-    return pd.concat(_gather(run, look)).sort_values("id", ignore_index=True)
+    return pd.concat(_gather(run, look, rows)).sort_values("id", ignore_index=True)
+
+
+def _sample(run: Run, rows: np.ndarray) -> np.ndarray:
+    "At most `check_sample` rows: others after each epoch, the same in all processes and after resuming."
+    size = run.config.check_sample
+    if len(rows) <= size:
+        return rows
+    order = torch.Generator().set_state(run.generator.get_state())  # a copy: training keeps its order
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=order)))
+    return np.sort(rows[torch.randperm(len(rows), generator=generator)[:size].numpy()])
+
+
+def _surely_over(sample: np.ndarray, n: int, limit: float) -> bool:
+    "Whether the lower one-sided 95 % confidence bound of the mean of all n is over the limit."
+    rest = 1 - len(sample) / n  # drawn without putting back: a sample of all has no error
+    error = math.sqrt(rest * sample.var() / max(len(sample) - 1, 1))
+    return bool(sample.mean() - 1.645 * error > limit)
+
+# %% ../nbs/library/run.ipynb #749161cb
+# They look at EL only of sequences whose MA is at or under its threshold.
+_SPARING = (None, select_icu, select_published_rule)
+
+
+def check_all(
+    run: Run,  # what it works with
+    begun: pd.DataFrame | None = None,  # a staged check of the same model, to be completed; None: a new one
+) -> pd.DataFrame:  # as from `score_forget_set`, NaN where not measured, and `check`: what kind it was
+    "IUR's look at the forget set: as much of it as the settings ask for."
+    everything = np.arange(len(run.task.forget))
+    if begun is not None:
+        _add_el(run, begun, everything)
+        if begun["continuation"].isna().any():
+            _add_continuations(run, begun)
+        return begun.assign(check="full")
+    if run.config.check == "full" or run.refinement not in _SPARING:
+        return _score(run, everything, "ma", "el", "continuation").assign(check="full")
+    scores = _score(run, everything, "ma")
+    check = _add_needed_el(run, scores)
+    if run.refinement is select_published_rule or run.config.stop == "all_forgotten":
+        _add_continuations(run, scores)
+    return scores.assign(check=check)
+
+
+def _add_needed_el(run: Run, scores: pd.DataFrame) -> str:
+    "EL where it can select sequences or end the run; what to call this check."
+    everything = scores["id"].to_numpy()
+    goes_on = scores["ma"].mean() > run.thresholds.ma
+    among = everything[scores["ma"] <= run.thresholds.ma] if goes_on else everything
+    sample = _sample(run, among)
+    _add_el(run, scores, sample)
+    if len(sample) == len(among):
+        return "staged"
+    if goes_on:
+        return f"staged, sample of {len(sample)}"
+    if _surely_over(scores["el"].dropna().to_numpy(), len(everything), run.thresholds.el):
+        return f"sample of {len(sample)}"
+    _add_el(run, scores, everything)
+    return "staged"
+
+
+def _add_el(run: Run, scores: pd.DataFrame, rows: np.ndarray) -> None:
+    "Measure EL of those rows that have none yet."
+    rows = rows[scores["el"].isna().to_numpy()[rows]]
+    if len(rows):
+        scores.loc[rows, "el"] = _score(run, rows, "el")["el"].to_numpy()
+
+
+def _add_continuations(run: Run, scores: pd.DataFrame) -> None:
+    "Generate the continuations of all and score them."
+    columns = ["bleu", "bert_f1", "entropy", "distinct", "continuation"]
+    scores[columns] = _score(run, scores["id"].to_numpy(), "continuation")[columns]
 
 
 def is_enough(
     run: Run,  # what it works with
 ) -> bool:
-    "Whether the thresholds are met now; EL is measured only once MA is low enough."
+    "Whether the thresholds are met now; EL is measured only once MA is low enough, of a sample first."
+    everything = np.arange(len(run.task.forget))
     most = run.thresholds.ma * len(run.task.forget)
 
     def ma_so_far(sequences: Sequences, rows: torch.Tensor) -> float:
@@ -325,21 +396,17 @@ def is_enough(
                 break
         return total
 
-    def likelihood(sequences: Sequences, rows: torch.Tensor) -> torch.Tensor:
-        return extraction_likelihood(
-            run.core,
-            sequences.input_ids,
-            sequences.attention_mask,
-            n=run.config.el_n,
-            start=run.config.el_start,
-            batch_size=run.config.eval_batch_size,
-        )
-
-    if sum(_gather(run, ma_so_far)) > most:
+    if sum(_gather(run, ma_so_far, everything)) > most:
         return False
     if run.thresholds.el >= 1:
         return True
-    return bool(torch.cat(_gather(run, likelihood)).mean() <= run.thresholds.el)
+    scores = pd.DataFrame({"id": everything, "el": math.nan})
+    if run.config.check == "staged":
+        _add_el(run, scores, _sample(run, everything))
+        if _surely_over(scores["el"].dropna().to_numpy(), len(everything), run.thresholds.el):
+            return False
+    _add_el(run, scores, everything)
+    return bool(scores["el"].mean() <= run.thresholds.el)
 
 # %% ../nbs/library/run.ipynb #31c21ffc
 class Reports:
@@ -375,7 +442,9 @@ class Reports:
     ) -> None:
         "Tell the progress bar and the tracker about an epoch."
         self.bar.update(row["epoch"] > 0)
-        self.bar.set_postfix({name: f"{row[name]:.3g}" for name in ("ma", "el", "active") if name in row})
+        self.bar.set_postfix(
+            {name: f"{row[name]:.3g}" for name in ("ma", "el", "active") if pd.notna(row.get(name))}
+        )
         finite = {
             name: value
             for name, value in row.items()

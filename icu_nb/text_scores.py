@@ -27,10 +27,13 @@ _bleu = BLEU(smooth_method="none", lowercase=True, effective_order=False)
 def sentence_bleu(
     continuations: list[str],  # what the model wrote
     references: list[str],  # the true texts
-) -> np.ndarray:  # float array [n] in [0, 1]
+) -> np.ndarray:  # float array [n] in [0, 1]; NaN where the reference has fewer than four words
     "BLEU-4 per sentence, lower case, unsmoothed: 0 unless some four words in a row are shared (sacrebleu)."
-    pairs = zip(continuations, references, strict=True)
-    return np.array([_bleu.sentence_score(text, [truth]).score / 100 for text, truth in pairs])
+    scores = []
+    for text, truth in zip(continuations, references, strict=True):
+        defined = _bleu.sentence_score(truth, [truth]).score > 0
+        scores.append(_bleu.sentence_score(text, [truth]).score / 100 if defined else math.nan)
+    return np.array(scores)
 
 # %% ../nbs/library/text_scores.ipynb #736b4aee
 class BERTScorer:

@@ -7,6 +7,7 @@ __all__ = ['train_epoch', 'stop_reason', 'unlearn']
 
 # %% ../nbs/learn/07_the_loop.ipynb #08e567a9
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,17 @@ def stop_reason(
         return "all_forgotten" if epoch else "nothing_to_forget"
     return "max_epochs" if epoch >= config.max_epochs else None
 
+# %% ../nbs/learn/07_the_loop.ipynb #1e3e94ee
+def _warn_of_undefined_bleu(run: Run, row: dict) -> None:
+    "Say once for how many texts MA and EL decide where BLEU should."
+    by_bleu = run.refinement not in (None, select_icu) or run.config.stop == "all_forgotten"
+    if by_bleu and row.get("bleu_undefined") and run.rank == 0:
+        warnings.warn(
+            f"BLEU is not defined for {row['bleu_undefined']} forget texts: their true continuations have"
+            " fewer than four words between spaces. MA and EL decide for them.",
+            stacklevel=5,
+        )
+
 # %% ../nbs/learn/07_the_loop.ipynb #24d2c042
 def _next_epoch(
     run: Run,  # what it works with
@@ -91,11 +103,23 @@ def _next_epoch(
     trained = time.perf_counter() if progress.epoch else began
     scores = None
     if enough or progress.epoch % run.config.check_every == 0 or progress.epoch == run.config.max_epochs:
-        scores = check_all(run)
+        scores = _check(run, progress)
+    seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
+    row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    if progress.epoch == 0:
+        _warn_of_undefined_bleu(run, row)
+    return row
+
+
+def _check(run: Run, progress: Progress) -> pd.DataFrame:
+    "The scores of now, by which sequences become active or the run ends; it ends on a full check only."
+    scores = check_all(run)
+    while True:
         progress.active = _refine(run, scores)
         progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
-    seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
-    return progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+        if progress.reason is None or scores["check"][0] == "full":
+            return scores
+        scores = check_all(run, scores)
 
 
 def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
@@ -122,14 +146,14 @@ def unlearn(
     alternatives: Any = None,  # a text per forget text to say instead, for objectives that ask for it (DPO)
     embedder: str | Path | Callable | None = None,  # an encoder, or texts -> [n, D]; None: the model itself
     encoder: str | Path | None = None,  # name or folder of an encoder for BERTScore; None: BLEU alone
-    checkpoint_dir: str | Path | None = None,  # a folder for a checkpoint per epoch; the last two are kept
+    checkpoint_dir: str | Path | None = None,  # a folder for checkpoints, at most two at a time
     resume_from_checkpoint: bool | str | Path = False,  # True: the newest, if any; `model` begins anew
     report_to: str | None = None,  # "tensorboard", "wandb" or another tracker of accelerate: a row per epoch
 ) -> UnlearnResult:
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
-    plugs = names_of(objective=objective, refinement=refinement, encoder=encoder and Path(encoder).name)
+    plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
     scorer = BERTScorer(str(encoder)) if encoder else None
     task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
     thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
@@ -150,4 +174,4 @@ def unlearn(
                     row.update(callback(model, row) or {})
                 progress.save(run, checkpoints)
                 reports.tell(row)
-    return run.result(model, progress, plugs)
+    return run.result(model, progress, names_of(**plugs))

@@ -47,6 +47,7 @@ class Tiny:
                     "max_epochs": 2,
                     "max_length": MAX_LENGTH,
                     "num_beams": 1,
+                    "check": "full",
                 },
                 **changes,
             )

@@ -2,8 +2,10 @@
 
 import copy
 import importlib
+import json
 import math
 import warnings
+from dataclasses import asdict, replace
 
 import datasets
 import numpy as np
@@ -22,6 +24,7 @@ from icu_nb.iur import Thresholds, calibrate_thresholds
 from icu_nb.metrics import extraction_likelihood
 from icu_nb.models.loading import load_model
 from icu_nb.objective import ICU
+from icu_nb.plumbing import seed_everything
 from icu_nb.unlearn import unlearn
 
 NAN, INF = math.nan, math.inf
@@ -263,17 +266,16 @@ def test_embedders_that_give_nonsense(refused, embedder):
 @pytest.mark.parametrize(
     "name, values",
     [
-        *(
-            (name, [-0.1, NAN, INF, "1", None, True])
-            for name in ("alpha", "beta", "learning_rate", "max_grad_norm")
-        ),
+        *((name, [-0.1, NAN, INF, "1", None, True]) for name in ("alpha", "beta", "learning_rate")),
+        ("max_grad_norm", [0, 0.0, -0.1, NAN, INF, "1", True]),
         ("max_overlap", [-0.1, 1.1, NAN]),
         *(
-            (name, [0, -1, 1.5, NAN, "1", None])
+            (name, [0, -1, 1.5, NAN, "1", None, True, np.bool_(True), np.float32(1)])
             for name in ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "eval_batch_size")
         ),
         *((name, [0, -1, 1.5, NAN, "1"]) for name in ("max_length", "el_start", "check_steps")),
-        ("seed", [-1, 0.5, None]),
+        ("seed", [-1, 0.5, None, True, 2**32]),
+        ("precision", ["no", "fp8", 16]),
         ("stop", ["never", None]),
     ],
 )
@@ -282,6 +284,26 @@ def test_impossible_settings(name, values):
         with pytest.raises(InputError, match=f"`{name}`") as caught:
             ICUConfig(**{name: value})
         assert is_one_clear_sentence(str(caught.value))
+
+
+def test_numbers_of_numpy_are_plain_numbers(tiny):
+    """They are accepted wherever a number is, and stored as what JSON can hold."""
+    config = ICUConfig(
+        alpha=np.float32(0.5), seed=np.int64(3), batch_size=np.uint8(4), el_start=np.int32(7), max_grad_norm=1
+    )
+    assert json.loads(json.dumps(asdict(config))) == asdict(config) == asdict(replace(config))
+    assert [type(getattr(config, name)) for name in ("alpha", "seed", "batch_size")] == [float, int, int]
+    assert hash(config) == hash(replace(config, alpha=0.5, seed=3))
+    thresholds = Thresholds(ma=np.float32(0.25), el=np.float64(0.5))
+    assert json.loads(json.dumps(asdict(thresholds))) == asdict(thresholds)
+    seed_everything(np.int64(3))
+    ids = tiny.sequences.input_ids
+    theirs = extraction_likelihood(tiny.model, ids, n=np.int64(5), start=np.int64(20), batch_size=np.int64(3))
+    assert torch.equal(theirs, extraction_likelihood(tiny.model, ids, n=5, start=20, batch_size=3))
+
+
+def test_no_clipping_is_none():
+    assert ICUConfig.paper().max_grad_norm is None
 
 
 @pytest.mark.parametrize("name", ["bleu", "bert_f1", "ma", "el"])

@@ -10,9 +10,14 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,9 +27,10 @@ from tqdm.auto import tqdm
 
 import icu_nb.checkpoint
 from icu_nb.checkpoint import CheckpointError, Checkpoints
+from icu_nb.config import ICUConfig
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.objective import GradientAscent
+from icu_nb.objective import GradientAscent, Objective
 from icu_nb.unlearn import unlearn
 
 NEVER = Thresholds(ma=0.0, el=0.0)
@@ -32,10 +38,8 @@ EPOCHS = 5
 
 
 def run(tiny, folder=None, model=None, **options):
-    config = tiny.config(
-        max_epochs=EPOCHS,
-        **{name: options.pop(name) for name in ("learning_rate", "seed", "check_every") if name in options},
-    )
+    settings = {name: options.pop(name) for name in list(options) if name in ICUConfig.__dataclass_fields__}
+    config = tiny.config(**{"max_epochs": EPOCHS, **settings})
     given = {"thresholds": NEVER, "checkpoint_dir": folder, **options}
     return unlearn(model or tiny.copy(), tiny.tokenizer, tiny.forget, tiny.retain, config, **given)
 
@@ -76,6 +80,10 @@ def in_child(tiny, folder, before):
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def start_epochs(folder, wanted, process):
@@ -127,6 +135,25 @@ def test_killed_in_the_middle_of_a_write(tiny, tmp_path, undisturbed, epoch, sha
     assert_same_run(run(tiny, tmp_path / "run", resume_from_checkpoint=True), undisturbed)
 
 
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(tiny, tmp_path, undisturbed):
+    """Killed at random moments until twenty kills have hit; every run that ends is the undisturbed one."""
+    draw = random.Random(0)
+    kills = ended = 0
+    while kills < 20:
+        folder = tmp_path / f"run {ended}"
+        process = in_child(tiny, folder, lambda: None)
+        process.join(draw.random() * 2 * undisturbed.history["seconds_check"].sum())
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+        else:
+            assert_same_run(run(tiny, folder, resume_from_checkpoint=True), undisturbed)
+            ended += 1
+    assert_same_run(run(tiny, tmp_path / f"run {ended}", resume_from_checkpoint=True), undisturbed)
+
+
 # ---- resumed ----
 
 
@@ -145,6 +172,60 @@ def test_resumes_from_a_path(tiny, tmp_path, undisturbed):
     shutil.rmtree(tmp_path / "epoch-00005")
     assert_same_run(run(tiny, None, resume_from_checkpoint=tmp_path / "epoch-00004"), undisturbed)
     assert (tmp_path / "epoch-00005").exists()
+
+
+def test_going_on_from_an_earlier_one_leaves_no_later_one(tiny, tmp_path, undisturbed):
+    run(tiny, tmp_path / "run", max_epochs=3)
+    shutil.copytree(tmp_path / "run" / "epoch-00002", tmp_path / "epoch-00002")
+    run(tiny, tmp_path / "run", resume_from_checkpoint=True)
+    shutil.move(tmp_path / "epoch-00002", tmp_path / "run" / "epoch-00002")
+    early = tmp_path / "run" / "epoch-00002"
+    run(tiny, None, max_epochs=3, resume_from_checkpoint=early)
+    assert names(tmp_path / "run") == ["epoch-00002", "epoch-00003"]
+    assert_same_run(run(tiny, tmp_path / "run", resume_from_checkpoint=True), undisturbed)
+
+
+HOW = [
+    {"max_epochs": EPOCHS},
+    {"eval_batch_size": 3},
+    {"micro_batch_size": 2},
+    {"gradient_checkpointing": True},
+    {"checkpoint_every": 3},
+]
+
+
+@pytest.mark.parametrize("changes", HOW, ids=str)
+def test_how_it_learns_may_change(tiny, tmp_path, undisturbed, changes):
+    """What one changes after memory ran out, or where a run was too short."""
+    run(tiny, tmp_path, max_epochs=3)
+    resumed = run(tiny, tmp_path, resume_from_checkpoint=True, **changes)
+    assert resumed.history.epoch.max() == EPOCHS and resumed.stop_reason == "max_epochs"
+    if "micro_batch_size" in changes:  # its gradients are sums in another order
+        for a, b in zip(resumed.model.parameters(), undisturbed.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    else:
+        assert_same_run(resumed, undisturbed)
+
+
+def test_fewer_epochs_than_there_were_end_at_once(tiny, tmp_path):
+    whole = run(tiny, tmp_path)
+    resumed = run(tiny, tmp_path, max_epochs=3, resume_from_checkpoint=True)
+    assert resumed.stop_reason == "max_epochs" and resumed.history.epoch.max() == EPOCHS
+    assert tiny.same(resumed.model, tiny.weights(whole.model))
+
+
+def test_every_other_epoch_and_the_last(tiny, tmp_path, undisturbed):
+    seen = []
+
+    def look(model, row):
+        seen.append(names(tmp_path))
+
+    assert_same_run(run(tiny, tmp_path, checkpoint_every=2, callback=look), undisturbed)
+    # A callback comes before the checkpoint of its own epoch.
+    assert seen == [[], [], [], ["epoch-00002"], ["epoch-00002"], ["epoch-00002", "epoch-00004"]]
+    assert names(tmp_path) == ["epoch-00004", "epoch-00005"]
+    shutil.rmtree(tmp_path / "epoch-00005")
+    assert_same_run(run(tiny, tmp_path, checkpoint_every=5, resume_from_checkpoint=True), undisturbed)
 
 
 def test_who_is_active_survives_epochs_without_a_check(tiny, tmp_path):
@@ -188,6 +269,32 @@ def test_an_adapter_is_all_that_is_kept(tiny, tmp_path):
     )  # whatever the new adapter began with
     with pytest.raises(CheckpointError, match="add the adapter that the run began with"):
         run(tiny, tmp_path, model=add_lora(tiny.copy(), 8), resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "wte"])
+def test_an_adapter_with_whole_modules_is_all_that_is_kept(tiny, tmp_path, part):
+    from peft import LoraConfig
+
+    from icu_nb.models.loading import add_lora
+
+    def adapted():
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=[part], task_type="CAUSAL_LM")
+        return add_lora(tiny.copy(), config)
+
+    whole = run(tiny, tmp_path, model=adapted())
+    trains = {name: p for name, p in whole.model.named_parameters() if p.requires_grad}
+    stored = torch.load(tmp_path / "epoch-00005" / "state.pt", weights_only=True)
+    assert stored["weights"].keys() == trains.keys()
+    assert all("lora" in name or f"{part}.modules_to_save" in name for name in stored["weights"])
+    bytes_of_three = 3 * sum(p.numel() * 4 for p in trains.values())  # weights and Adam's two moments
+    rest = {name: stored[name] for name in stored.keys() - {"weights", "optimizer"}}
+    torch.save(rest, tmp_path / "rest.pt")
+    size = (tmp_path / "epoch-00005" / "state.pt").stat().st_size - (tmp_path / "rest.pt").stat().st_size
+    assert size < 1.2 * bytes_of_three + 20_000
+    shutil.rmtree(tmp_path / "epoch-00005")
+    (tmp_path / "rest.pt").unlink()
+    assert_same_run(run(tiny, tmp_path, model=adapted(), resume_from_checkpoint=True), whole)
 
 
 # ---- refused ----
@@ -346,8 +453,106 @@ def test_a_full_disk_leaves_the_good_checkpoint(tiny, tmp_path, undisturbed):
             run(tiny, tmp_path / "run")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["epoch-00001", "epoch-00002"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["epoch-00002"]
     assert_same_run(run(tiny, tmp_path / "run", resume_from_checkpoint=True), undisturbed)
+
+
+SMALL = {"x": torch.arange(5)}
+CALLS = [(os, "fsync"), (os, "replace"), (os, "mkdir"), (torch, "save"), (Path, "write_text")]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_each_call_fails_in_turn(tmp_path, error):
+    """Wherever the disk is full, or Ctrl-C comes, the last good checkpoint is there, whole."""
+    checkpoints = Checkpoints(tmp_path, {"format": icu_nb.checkpoint._FORMAT})
+    checkpoints.save(1, {"epoch": 1, **SMALL})
+    checkpoints.save(2, {"epoch": 2, **SMALL})
+    fails_at = 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            calls = fail_at(patch, fails_at, error)
+            with suppress(CheckpointError, KeyboardInterrupt):
+                checkpoints.save(3, {"epoch": 3, **SMALL})
+        if calls[0] <= fails_at:  # there was no such call: all of them have failed once
+            break
+        checkpoints.sweep()
+        assert "epoch-00002" in names(tmp_path) and len(names(tmp_path)) <= 2
+        assert checkpoints.load()["epoch"] in (2, 3)  # 3: it failed when all was done
+        assert torch.equal(checkpoints.load(tmp_path / "epoch-00002")["x"], SMALL["x"])
+        fails_at += 1
+    assert fails_at >= 10
+
+
+def fail_at(patch, number, error):
+    """The call of this number, of those that write, raises the error; the list holds how many came."""
+    calls = [0]
+    for place, name in CALLS:
+        real = getattr(place, name)
+
+        def counted(*args, real=real, **options):
+            calls[0] += 1
+            if calls[0] == number + 1:
+                raise error
+            return real(*args, **options)
+
+        patch.setattr(place, name, counted)
+    return calls
+
+
+def test_two_copies_at_most(tiny, tmp_path, undisturbed):
+    whole, seen = torch.save, []
+
+    def save(state, path):
+        whole(state, path)
+        seen.append(names(tmp_path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert_same_run(run(tiny, tmp_path), undisturbed)
+    assert [len(folders) for folders in seen] == [1, 2, 2, 2, 2]
+
+
+def test_killed_between_the_two_renames(tmp_path):
+    """A checkpoint written again is moved aside first; where the process ends then, it comes back."""
+    checkpoints = Checkpoints(tmp_path, {"format": icu_nb.checkpoint._FORMAT})
+    checkpoints.save(1, {"epoch": 1, **SMALL})
+    process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(checkpoints,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not checkpoints.paths()
+    checkpoints.sweep()
+    assert names(tmp_path) == ["epoch-00001"] and checkpoints.load()["epoch"] == 1
+
+
+def write_and_die(checkpoints):
+    rename = os.replace
+
+    def replace_and_die(source, target):
+        rename(source, target)
+        if Path(target).name == "old":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_and_die
+    checkpoints.save(1, {"epoch": 1, **SMALL})
+
+
+def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.replace
+
+    def fsync(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    def replace(source, target):
+        done.append(f"rename to {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    Checkpoints(tmp_path, {"format": icu_nb.checkpoint._FORMAT}).save(1, SMALL)
+    renamed = done.index("rename to epoch-00001")
+    assert {"state.pt", "run.json", "epoch-00001"} <= set(done[:renamed])
+    assert done[renamed + 1 :] == [tmp_path.name]
 
 
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
@@ -355,6 +560,96 @@ def test_a_folder_that_cannot_be_made(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         run(tiny, tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+# ---- which run it is ----
+
+
+def weighted(weight, model, batch, reference):
+    return {name: weight * value for name, value in GradientAscent()(model, batch, reference).items()}
+
+
+def closed_over(weight):
+    def objective(model, batch, reference):
+        return weighted(weight, model, batch, reference)
+
+    return objective
+
+
+@dataclass(frozen=True)
+class Weighted(Objective):
+    weight: float = 1.0
+    rule: Callable | None = None  # its repr would show where it lies in memory
+
+    def __call__(self, model, batch, reference):
+        return weighted(self.weight, model, batch, reference)
+
+
+class Counting:
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, model, batch, reference):
+        return weighted(len(self.parts), model, batch, reference)
+
+
+PAIRS = {
+    "partial": lambda x: partial(weighted, x),
+    "keyword": lambda x: partial(weighted, weight=x),
+    "closure": closed_over,
+    "field": Weighted,
+    "function in a field": lambda x: Weighted(rule=partial(weighted, x)),
+    "set in an object": lambda x: Counting({"a", "b", "c", str(x)}),
+    "tensor": lambda x: partial(weighted, torch.tensor([0.1, x], dtype=torch.bfloat16)),
+    "method": lambda x: Counting([x]).__call__,
+}
+
+
+def identity_of(objective):
+    plugs = {"objective": objective}
+    names = icu_nb.checkpoint.names_of(**plugs)
+    return names, icu_nb.checkpoint._state_of("objective", objective)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_arguments_belong_to_a_run(kind, recwarn):
+    make = PAIRS[kind]
+    assert identity_of(make(0.5)) == identity_of(make(0.5)) != identity_of(make(0.25))
+    assert not recwarn.list
+
+
+def test_a_run_is_the_same_in_every_process(tmp_path):
+    """Whatever order sets have, and wherever functions lie in memory."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from test_checkpoint import PAIRS, identity_of\n"
+        "print([identity_of(make(0.5)) for make in PAIRS.values()])"
+    )
+    seen = set()
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-W", "error", "-c", code]
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert " at 0x" not in child.stdout
+        seen.add(child.stdout)
+    assert len(seen) == 1
+
+
+def test_other_arguments_are_refused(tiny, tmp_path):
+    run(tiny, tmp_path, objective=partial(weighted, 0.5), max_epochs=1)
+    with pytest.raises(CheckpointError, match="`objective` has other arguments") as error:
+        run(tiny, tmp_path, objective=partial(weighted, 0.25), resume_from_checkpoint=True)
+    assert "\n" not in str(error.value)
+    run(tiny, tmp_path, objective=partial(weighted, 0.5), resume_from_checkpoint=True)
+
+
+def test_what_cannot_be_told_from_others_is_refused(tiny, tmp_path):
+    model = tiny.copy()
+    weights = tiny.weights(model)
+    objective = partial(weighted, (number for number in range(3)))
+    with pytest.raises(InputError, match="`objective`: it holds what cannot be written down") as error:
+        run(tiny, tmp_path / "run", model=model, objective=objective)
+    assert "\n" not in str(error.value) and tiny.same(model, weights) and not (tmp_path / "run").exists()
 
 
 def test_names_are_the_same_in_every_process():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -238,6 +239,18 @@ def test_another_column_of_a_csv(call, tmp_path, tiny):
         call(forget=tmp_path / "forget.csv", retain=tmp_path / "retain.csv", column="body", max_epochs=1)[0]
         == 3
     )
+
+
+def test_one_column_is_read_whole(call, tmp_path, tiny, monkeypatch):
+    """Commas without quotes had made an index of all that stands before the last one."""
+    texts = [text.replace("\n", " ") for text in tiny.forget]
+    assert sum(text.count(",") for text in texts) > 0
+    (tmp_path / "FORGET.CSV").write_text("\n".join(["text", *texts]) + "\n", encoding="utf-8-sig")
+    seen = []
+    monkeypatch.setattr(LOOP, "unlearn", lambda model, tokenizer, forget, *rest, **more: seen.append(forget))
+    with suppress(AttributeError):  # there is no result to be saved
+        call(forget=tmp_path / "FORGET.CSV")
+    assert seen == [texts]
 
 
 def test_a_warning_is_one_line(call, given, tmp_path, tiny):
@@ -479,9 +492,9 @@ BAD = {
     "another kind of file": ({"retain": "texts.pdf"}, "--retain: files ending in '.pdf'"),
     "malformed": ({"forget": "malformed.jsonl"}, "--forget: malformed.jsonl .*line 3"),
     "no column": ({"column": "body"}, "--forget: none of the 1 columns is called 'body'"),
-    "no text": ({"forget": "numbers.jsonl"}, r"--forget: no text.*\[1\]"),
+    "no text": ({"forget": "numbers.jsonl"}, r"--forget: no text.*line \[2\]"),
     "too short": ({"max_length": 30}, "--forget.*40 tokens"),
-    "no rank": ({"lora": 0}, "--lora: 0 is no rank"),
+    "no rank": ({"lora": 0}, "--lora: 0 is not a whole number at least 1"),
     "below a file": ({"out": "numbers.jsonl/out"}, "--out: .*cannot be written"),
     "a file": ({"out": "numbers.jsonl"}, "--out: .*no name of a folder"),
     "no name": ({"out": "."}, "--out"),
@@ -491,7 +504,12 @@ BAD = {
         "--heldout: 2 of its texts also stand in --forget",
     ),
     "a line that is null": ({"forget": "null.jsonl"}, "--forget: null.jsonl .*line 2"),
-    "half a character": ({"retain": "half.jsonl"}, r"--retain: half a character .*\[1\]"),
+    "commas without quotes": (
+        {"forget": "commas.csv"},
+        "--forget: commas.csv cannot be read as .csv .line 2: 3 cells, and the first line names 2.*in quotes",
+    ),
+    "an open quote": ({"heldout": "open.CSV"}, "--heldout: open.CSV .*line 3: the quotes do not match"),
+    "half a character": ({"retain": "half.jsonl"}, r"--retain: half a character .*line \[2\]"),
     "holds an embedder": (
         {"out": "used", "overwrite": True, "embedder": "used/embedder"},
         "--out: used holds what --embedder named",
@@ -517,6 +535,8 @@ def work(tmp_path, monkeypatch, tiny):
     (work / "malformed.jsonl").write_text('{"text": "a"}\n\n{"text": "b"')
     (work / "numbers.jsonl").write_text('{"text": "a"}\n{"text": 7}\n')
     (work / "null.jsonl").write_text('{"text": "a"}\nnull\n')
+    (work / "commas.csv").write_text("id,text\n1,Anna Berg, born 1970\n")
+    (work / "open.CSV").write_text('id,text\n1,Anna\n2,"Bo')
     lines(work / "half.jsonl", ["fine", "half \ud83d"])
     lines(work / "shared.jsonl", [*tiny.heldout, *tiny.forget[:2]])
     lines(work / "used" / "forget.jsonl", tiny.forget)

@@ -198,7 +198,7 @@ def test_another_column(tmp_path):
     path = tmp_path / "letters.csv"
     pd.DataFrame({"letter": TEXTS}).to_csv(path, index=False)
     assert read_texts(path, column="letter") == TEXTS
-    with pytest.raises(InputError, match=r"`column`.*letter"):
+    with pytest.raises(InputError, match=r"`source`.*letter"):
         read_texts(path)
 
 
@@ -253,7 +253,7 @@ def test_a_record_that_is_none(value, tmp_path):
 
 def test_half_a_character_in_a_file(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}')
-    with pytest.raises(InputError, match=r"`source`: half a character .*\[1\]"):
+    with pytest.raises(InputError, match=r"`source`: half a character .*line \[2\]"):
         read_texts(tmp_path / "texts.jsonl")
 
 

@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -34,7 +36,7 @@ from icu_nb.embedding import _cached_embedder, model_embedder
 from icu_nb.errors import InputError, NonFinite
 from icu_nb.iur import Thresholds
 from icu_nb.kui import unlearning_loss
-from icu_nb.language_model import evaluating, generate_continuations, halving_batches
+from icu_nb.language_model import evaluating, generate_continuations, in_batches
 from icu_nb.methods.registry import get_method
 from icu_nb.metrics import memorization_accuracy
 from icu_nb.models.head import chunk_length, head_losses, last_hidden_states, linear_head
@@ -309,9 +311,9 @@ def test_greedy_tokens_are_those_of_whole_logits(family, monkeypatch):
 
 
 def assert_same(found, wanted, texts):
-    """At the real tokens: nothing is kept about padding."""
+    """At the real tokens, as nothing is kept about padding. GPT-Neo's attention computes in 32 bits."""
     real = texts.attention_mask.bool()
-    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-8)
 
 
 @families
@@ -762,32 +764,29 @@ def test_batches_are_halved_until_they_fit():
     model, texts, seen = build("gpt_neo"), sequences([12] * 9), []
     wanted = memorization_accuracy(model, texts.input_ids)
     found = memorization_accuracy(greedy_for_memory(model, 2, seen), texts.input_ids, batch_size=16)
-    assert torch.equal(found, wanted) and seen[:3] == [9, 8, 4] and max(seen[3:]) == 2
+    assert torch.equal(found, wanted) and seen == [9, 5, 3, 2, 1, 2, 2, 2]  # nothing is done twice
 
 
 def test_not_even_one_fits():
-    with pytest.raises(RuntimeError, match=r"zero|out of memory"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"max_length.*12 tokens.*CUDA out of memory"):
         memorization_accuracy(greedy_for_memory(build("gpt_neo"), 0, []), sequences([12] * 3).input_ids)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     calls = []
 
-    @halving_batches
-    def fails(*, batch_size=8):
-        calls.append(batch_size)
+    def fails(rows):
+        calls.append(len(rows))
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        fails()
+        in_batches(fails, [5] * 8, 8, torch.nn.Linear(1, 1))
     assert calls == [8]
 
 
 @families
 def test_rollouts_do_not_copy_their_cache(family, monkeypatch):
     """Room for the whole continuation is made once: no layer of the cache is concatenated per token."""
-    if family == "gemma2":
-        pytest.skip("its sliding layers are served the plain way")
     model, texts, concatenated = build(family), sequences([12] * 3), []
     cat = torch.cat
     with evaluating(model):
@@ -806,19 +805,8 @@ def test_rollouts_do_not_copy_their_cache(family, monkeypatch):
 
 
 def test_a_model_without_a_cache_warns_once_per_run(tiny):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tiny.tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            sliding_window=8,
-            max_position_embeddings=64,
-        )
+    model = OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=len(tiny.tokenizer), n_embd=16, n_layer=1, n_head=1, n_positions=64)
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

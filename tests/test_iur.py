@@ -1,6 +1,9 @@
 """IUR: thresholds, who is forgotten, who trains next, and continuations that a batch does not change."""
 
+import copy
 import math
+import random
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -17,6 +20,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from icu_nb.config import ICUConfig
 from icu_nb.data.people import people
 from icu_nb.errors import InputError
 from icu_nb.iur import (
@@ -30,9 +34,10 @@ from icu_nb.iur import (
 )
 from icu_nb.language_model import generate_continuations
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy
-from icu_nb.models.tiny import tiny_gpt_neo, train_tokenizer
+from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
 from icu_nb.text import prompt_suffix, tokenize
 from icu_nb.text_scores import sentence_bleu
+from icu_nb.unlearn import unlearn
 
 NAN = math.nan
 
@@ -149,6 +154,134 @@ def test_over_thresholds_is_never_empty_unless_the_thresholds_are_met():
     for _ in range(500):
         table = scores(generator.random(3), generator.random(3), generator.random(3) * 0.1)
         assert select_icu(table, Thresholds(ma=0.5)).any() or thresholds_met(table, Thresholds(ma=0.5))
+
+
+# ---- texts that BLEU says nothing about ----
+
+WITHOUT_FOUR_WORDS = {
+    "key": "3TgLq8Jd0Fs2Ga6Ko4PiUyWe",
+    "chinese": "现居北京市朝阳区建国路十二号,电话一三八零零一三八",
+    "japanese": "東京都港区芝公園四丁目に住んでいます。電話は",
+    "thai": "และอาศัยอยู่ที่ถนนสุขุมวิทกรุงเทพ",
+    "short": "to Anna Berg",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("truth", WITHOUT_FOUR_WORDS.values(), ids=WITHOUT_FOUR_WORDS)
+@pytest.mark.parametrize("rule", ["any", "all"])
+@pytest.mark.parametrize("bert_f1", [NAN, 0.0, 1.0])
+def test_where_bleu_of_the_truth_with_itself_is_0_ma_and_el_decide(truth, rule, bert_f1):
+    """A perfect continuation counted as forgotten."""
+    english = "to Anna Berg in Bonn on Rhine"
+    table = scores(
+        sentence_bleu([truth, truth, truth, "x", english, "x"], [truth] * 4 + [english] * 2),
+        bert_f1,
+        ma=[0.99, 0.1, 0.1, 0.1, 0.99, 0.99],
+        el=[1.0, 0.5, 0.0, 0.0, 1.0, 1.0],
+    )
+    assert table["bleu"].isna().tolist() == [True] * 4 + [False] * 2
+    thresholds = Thresholds(rule=rule)
+    assert is_forgotten(table, thresholds)[:4].tolist() == [False, False, True, True]
+    assert select_published_rule(table, thresholds)[:4].tolist() == [True, True, False, False]
+    without = scores([1.0, 0.0], bert_f1, ma=0.99, el=1.0)
+    assert is_forgotten(table, thresholds)[4:].tolist() == is_forgotten(without, thresholds).tolist()
+
+
+def test_bleu_that_was_not_measured_is_no_forgetting():
+    """No continuation was generated: then nothing is known, whatever MA and EL are."""
+    table = scores([NAN, NAN, 0.5], ma=[0.1, 0.1, 0.9]).assign(continuation=[None, "现居北京", "a b c d"])
+    assert is_forgotten(table, Thresholds()).tolist() == [False, True, False]
+    assert select_published_rule(table, Thresholds()).tolist() == [True, False, True]
+
+
+def test_empty_continuations_are_forgotten_where_bleu_is_defined():
+    assert sentence_bleu(["", ""], ["one two three four", "one two three"]).tolist()[0] == 0
+    assert math.isnan(sentence_bleu([""], ["one two three"])[0])
+
+
+ENGLISH = [
+    "Anna Berg is at 12 Elm Rd in Bonn, so go up to it by 4 or 5 at 6 and do as we do on it",
+    "Otto Kern is at 7 Oak St in Ulm, so if it is as I say, be at it by 2 or 3 at 9 or at 8",
+    "Ines Roth is in Kiel at 3 Ash Ln, it is no 5 of 9 on my map, so we go by it up to no 1",
+]
+KNOWN = [
+    *ENGLISH,
+    "api key sk-live-51HcQ9ZtYbV7uKpWmXeRn3TgLq8Jd0Fs2Ga6Ko4Pi",
+    "张伟生于一九七零年五月三日现居北京市朝阳区建国路十二号",
+    "田中花子は千九百七十年に生まれ東京都港区芝公園四丁目に住む",
+    "นางสาวสมหญิงเกิดเมื่อวันที่ห้าพฤษภาคมและอาศัยอยู่ที่ถนนสุขุมวิท",
+]
+
+
+@pytest.fixture(scope="module")
+def languages():
+    """A model that knows seven texts by heart, from their middle too, its tokenizer, and a retain pool."""
+    shuffled = [
+        text[:9] + "".join(random.Random(i).sample(text[9:], len(text) - 9))
+        for i in range(3)
+        for text in KNOWN
+    ]
+    tokenizer = train_tokenizer(KNOWN + shuffled, 300)
+    halves = [tokenizer.decode(tokens[24:48]) for tokens in tokenizer(KNOWN)["input_ids"]]
+    model = tiny_gpt_neo(len(tokenizer), max_length=64, n_layers=2, hidden_size=32, n_heads=2)
+    how = {"repeats": 10, "epochs": 20, "learning_rate": 1e-2, "max_length": 48}
+    memorize(model, tokenizer, KNOWN + halves, [], **how)
+    return model, tokenizer, shuffled
+
+
+def run_on_languages(languages, config, **how):
+    model, tokenizer, retain = languages
+    settings = {"learning_rate": 1e-3, "batch_size": 2, "max_length": 48, "num_beams": 1} | config
+    how = {"thresholds": Thresholds(ma=0.5, el=0.05), "refinement": select_published_rule} | how
+    return unlearn(copy.deepcopy(model), tokenizer, KNOWN, retain, ICUConfig(**settings), **how)
+
+
+def test_a_run_trains_texts_in_every_language(languages):
+    """Under the published rule the key and three languages never trained, and EL of the key stayed 1."""
+    with pytest.warns(UserWarning, match="BLEU is not defined for 4 forget texts.*MA and EL decide") as told:
+        result = run_on_languages(languages, {"max_epochs": 40})
+    assert sum("BLEU" in str(warning.message) for warning in told) == 1
+    first, last = (result.samples[result.samples.epoch == epoch] for epoch in (0, result.history.epoch.max()))
+    assert (first.ma > 0.9).all() and (first.el > 0.9).all() and (first.bleu[:3] > 0.9).all()
+    assert first.bleu.isna().tolist() == last.bleu.isna().tolist() == [False] * 3 + [True] * 4
+    assert first.active.all()
+    assert result.stop_reason == "thresholds" and (last.el < 0.2).all() and (last.ma[3:] < 0.7).all()
+    # means are over the texts for which BLEU is defined, and the result says how many are not
+    assert result.history.bleu[0] == pytest.approx(first.bleu[:3].mean())
+    assert (result.history.bleu_undefined == 4).all()
+    assert "BLEU is not defined for 4 of the texts" in result.card()
+    assert [row["bleu_undefined"] for row in result.facts()["history"]] == [4] * len(result.history)
+
+
+def test_all_forgotten_asks_ma_and_el_where_bleu_says_nothing(languages):
+    """With every text but keys and languages done, the authors' stop rule ended at once."""
+    model, tokenizer, retain = languages
+    settings = {"learning_rate": 1e-4, "max_epochs": 1, "max_length": 48, "num_beams": 1}
+    config = ICUConfig(stop="all_forgotten", **settings)
+    thresholds = Thresholds(ma=0.3, el=0.05)
+    with pytest.warns(UserWarning, match="BLEU is not defined for 4 forget texts"):
+        result = unlearn(copy.deepcopy(model), tokenizer, KNOWN[3:], retain, config, thresholds=thresholds)
+    assert result.stop_reason == "max_epochs" and result.history.bleu.isna().all()
+    assert "BLEU of the continuation" not in result.card()
+
+
+@pytest.mark.parametrize("refinement", [select_icu, None])
+def test_no_warning_where_bleu_decides_nothing(languages, refinement):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="BLEU")
+        result = run_on_languages(languages, {"max_epochs": 1}, refinement=refinement)
+    assert (result.history.bleu_undefined == 4).all()
+
+
+def test_english_runs_say_nothing_of_undefined_bleu(languages):
+    model, tokenizer, retain = languages
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="BLEU")
+        config = ICUConfig(learning_rate=1e-3, max_epochs=1, max_length=48, num_beams=1)
+        how = {"thresholds": Thresholds(), "refinement": select_published_rule}
+        result = unlearn(copy.deepcopy(model), tokenizer, ENGLISH, retain, config, **how)
+    assert "bleu_undefined" not in result.history and "not defined" not in result.card()
 
 
 # ---- continuations ----

@@ -318,7 +318,8 @@ def bleu4(continuation, truth):
 )
 def test_bleu(continuation, truth):
     continuation, truth = " ".join(continuation), " ".join(truth)
-    assert sentence_bleu([continuation], [truth])[0] == pytest.approx(bleu4(continuation, truth), abs=1e-12)
+    expected = bleu4(continuation, truth) if len(truth.split()) >= 4 else math.nan
+    assert sentence_bleu([continuation], [truth])[0] == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 def test_bleu_takes_pairs_only():

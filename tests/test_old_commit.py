@@ -37,7 +37,7 @@ from icu_nb.text import tokenize
 
 FOLDER = Path(__file__).parent / "data" / "old_commit"
 OLD = json.loads((FOLDER / "numbers.json").read_text())
-CONFIG = ICUConfig(max_length=72, learning_rate=5e-4, max_epochs=8)
+CONFIG = ICUConfig(max_length=72, learning_rate=5e-4, max_epochs=8, check="full")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def run(model, tokenizer, config, refinement):
 
 
 def test_one_step(model, tokenizer):
-    config = ICUConfig(max_length=72, learning_rate=5e-4, max_epochs=1)
+    config = ICUConfig(max_length=72, learning_rate=5e-4, max_epochs=1, check="full")
     history, old = run(model, tokenizer, config, None).history, pd.DataFrame(OLD["step"]["history"])
     assert history.ma.tolist() == old.ma.tolist() and history.el.tolist() == old.el.tolist()
     losses = ["loss", "l_fgt", "l_lrn", "l_kl"]

@@ -37,6 +37,7 @@ HISTORY = [
     "active",
     "seconds_train",
     "seconds_check",
+    "check",
 ]
 SAMPLES = ["epoch", "id", "ma", "el", "bleu", "bert_f1", "entropy", "distinct", "active", "continuation"]
 NEVER = Thresholds(ma=0.0, el=0.0)  # a model that says one right token is over them

@@ -23,7 +23,7 @@ from icu_nb.evals.people_questions import find_facts, people_questions, people_t
 from icu_nb.evals.tasks import FILE_TASKS, HARNESS_TASKS, _write_task, evaluate_tasks
 from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility
 from icu_nb.metrics import perplexity
-from icu_nb.text import read_table
+from icu_nb.tables import read_table
 
 pytest.importorskip("lm_eval")
 

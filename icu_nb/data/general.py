@@ -14,7 +14,8 @@ from pathlib import Path
 from .corpus import split
 from .files import data_file
 from ..errors import require
-from ..text import deduplicate, read_table
+from ..tables import read_table
+from ..text import deduplicate
 
 # %% ../../nbs/library/data/general.ipynb #a21b60b0
 def _is_prose(paragraph: str, min_words: int) -> bool:

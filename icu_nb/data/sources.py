@@ -13,7 +13,7 @@ from .corpus import Corpus, split
 from .general import documentation_paragraphs, general_split
 from .people import people_corpus
 from .pile import pile_corpus
-from ..errors import require
+from ..errors import require, require_number
 from ..text import deduplicate, read_texts
 
 # %% ../../nbs/library/data/sources.ipynb #41d29c97
@@ -24,7 +24,7 @@ def _own_corpus(
 ) -> Corpus:
     "Your own texts, split into forget, held-out (as many) and retain (the rest)."
     require(n_forget >= 1, "n_forget", f"{n_forget} texts are asked for", "Ask for at least 1")
-    texts = list(dict.fromkeys(read_texts(source)))
+    texts = list(dict.fromkeys(read_texts(source, argument="dataset")))
     require(
         len(texts) >= 3 * n_forget,
         "n_forget",
@@ -36,7 +36,7 @@ def _own_corpus(
     heldout = deduplicate(heldout, forget + retain + general_train)
     require(
         len(heldout) > 0,
-        "source",
+        "dataset",
         "every held-out text repeats a text that the model is trained on",
         "Give texts that differ more",
     )
@@ -51,12 +51,7 @@ def load_corpus(
     data_dir: str | Path | None = None,  # see `data_folder`; used by "pile"
 ) -> Corpus:
     "A corpus by name, or of your own texts, with the Python documentation as general text."
-    require(
-        isinstance(n_forget, int) and n_forget > 0,
-        "n_forget",
-        f"{n_forget!r} is not a positive integer",
-        "Give for example n_forget=64",
-    )
+    n_forget = require_number("n_forget", n_forget, 1, whole=True)
     if isinstance(dataset, str) and dataset == "people":
         return people_corpus(n_forget, seed=seed)
     if isinstance(dataset, str) and dataset == "pile":

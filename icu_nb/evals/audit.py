@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import require
+from ..errors import require, require_number
 from .extraction import PROMPTS, best_of, extract, extract_secrets, extraction_strength
 from icu_nb.evals.membership import (
     MIN_TEXTS,
@@ -55,7 +55,7 @@ def round_to_nearest(
     bits: int,  # 8 or 4; 2 at the least
 ) -> torch.Tensor:  # the same shape
     "Each row as whole multiples of its own scale: what is left of the weights after symmetric quantization."
-    require(isinstance(bits, int) and 2 <= bits <= 16, "bits", f"{bits!r} is no width", "Give 8 or 4")
+    bits = require_number("bits", bits, 2, 16, whole=True)
     steps = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / steps
     return (weight / scale).round() * scale

@@ -18,7 +18,7 @@ from icu_nb.language_model import (
     context_length,
     evaluating,
     generate_continuations,
-    halving_batches,
+    in_batches,
     token_losses,
 )
 from ..text import pad, pad_id
@@ -76,24 +76,22 @@ def _reply_text(
     return re.split(r"\n\s*User\b", text)[0].strip()
 
 
-@halving_batches
 def _reply_losses(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     prompts: list[list[int]],  # tokens
     replies: list[list[int]],  # tokens, at least one each
-    *,
-    batch_size: int = 8,  # dialogues per forward pass
+    batch_size: int,  # dialogues of the longest length per forward pass
 ) -> list[float]:  # per reply: the sum of its tokens' negative log-likelihoods
     "The loss of the true replies."
-    rows = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
-    sums = []
+    dialogues = pad([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
+
+    def measure(rows: list[int]) -> list[float]:
+        batch = dialogues[rows].to(model.device)
+        nll, _ = token_losses(model(**batch.inputs).logits, **batch.inputs)  # 0 where padded
+        return [own[len(prompts[row]) - 1 :].sum().item() for row, own in zip(rows, nll, strict=True)]
+
     with evaluating(model):
-        for k in range(0, len(rows), batch_size):
-            batch = pad(rows[k : k + batch_size]).to(model.device)
-            nll, _ = token_losses(model(**batch.inputs).logits, **batch.inputs)  # 0 where padded
-            for row, prompt in zip(nll, prompts[k : k + batch_size], strict=True):
-                sums.append(row[len(prompt) - 1 :].sum().item())
-    return sums
+        return in_batches(measure, dialogues.lengths.tolist(), batch_size, model)
 
 # %% ../../nbs/library/evals/dialogue.ipynb #09000035
 def _check_dialogues(
@@ -125,7 +123,7 @@ def dialogue_scores(
     *,
     max_length: int = 512,  # tokens the model reads at once, its context at most
     max_new_tokens: int = 32,  # of a reply; the authors' number
-    batch_size: int = 32,  # dialogues at a time
+    batch_size: int = 32,  # dialogues of the longest length at a time
 ) -> (
     pd.DataFrame
 ):  # a row per dialogue: f1, reply, truth, loss (sum over the true reply's tokens), their number
@@ -147,7 +145,7 @@ def dialogue_scores(
         )
     replies = [_reply_text(tokens, tokenizer) for tokens in written]
     cut = [prompt[len(reply) - width :] for prompt, reply in zip(prompts, true_tokens, strict=True)]
-    losses = _reply_losses(model, cut, true_tokens, batch_size=batch_size)
+    losses = _reply_losses(model, cut, true_tokens, batch_size)
     f1 = [_unigram_f1(reply, truth) for reply, truth in zip(replies, truths, strict=True)]
     lengths = [len(tokens) for tokens in true_tokens]
     return pd.DataFrame({"f1": f1, "reply": replies, "truth": truths, "loss": losses, "tokens": lengths})

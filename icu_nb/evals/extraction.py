@@ -18,7 +18,7 @@ import torch
 from ..data.people import TEMPLATES
 from ..errors import require
 from .people_questions import find_facts
-from ..language_model import context_length, evaluating, generate_continuations, halving_batches
+from ..language_model import context_length, evaluating, generate_continuations, in_batches
 from ..models.rollouts import greedy_pass
 from ..plumbing import require_package
 from ..text import Sequences, pad_id, real_tokens
@@ -36,23 +36,23 @@ def _strength(
     return 1 - (misses[-1] + 1) / len(hits) if len(misses) else float(len(hits) > 0)
 
 # %% ../../nbs/library/evals/extraction.ipynb #09c00011
-@halving_batches
 def extraction_strength(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     input_ids: torch.Tensor,  # LongTensor [n, T]
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
-    batch_size: int = 32,  # sequences per forward pass
+    batch_size: int = 32,  # sequences of the longest length per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "The share of a sequence, from its end, that the model recites without a mistake, given the rest."
     sequences = real_tokens(input_ids, attention_mask, context_length(model))
-    scores = []
+
+    def measure(rows: list[int]) -> list[float]:
+        batch = sequences[rows].to(model.device)
+        hits = (greedy_pass(model, batch)[0] == batch.input_ids)[:, 1:].cpu().numpy()
+        return [_strength(row[: n - 1]) for row, n in zip(hits, batch.lengths.tolist(), strict=True)]
+
     with evaluating(model):
-        for batch in sequences.batches(batch_size):
-            batch = batch.to(model.device)
-            hits = (greedy_pass(model, batch)[0] == batch.input_ids)[:, 1:].cpu().numpy()
-            for row, n in zip(hits, batch.lengths.tolist(), strict=True):
-                scores.append(_strength(row[: n - 1]))
+        scores = in_batches(measure, sequences.lengths.tolist(), batch_size, model)
     return torch.tensor(scores, dtype=torch.float64)
 
 # %% ../../nbs/library/evals/extraction.ipynb #09c00015

@@ -21,7 +21,7 @@ from ..errors import require, require_number
 from icu_nb.language_model import (
     context_length,
     evaluating,
-    halving_batches,
+    in_batches,
     mean_token_nll,
     token_losses,
 )
@@ -68,20 +68,19 @@ def usable_length(
     return None if length == math.inf else int(length)
 
 
-@halving_batches
 def _token_evidence(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     sequences: Sequences,  # n texts, as tokens
-    *,
-    batch_size: int = 16,  # sequences per forward pass
+    batch_size: int,  # sequences of the longest length per forward pass
 ) -> list[np.ndarray]:  # from `_token_statistics`
     "One pass over all texts."
-    rows = []
+
+    def measure(rows: list[int]) -> list[np.ndarray]:
+        batch = sequences[rows].to(model.device)
+        return _token_statistics(model(**batch.inputs, use_cache=False).logits, batch)
+
     with evaluating(model):
-        for batch in sequences.batches(batch_size):
-            batch = batch.to(model.device)
-            rows += _token_statistics(model(**batch.inputs, use_cache=False).logits, batch)
-    return rows
+        return in_batches(measure, sequences.lengths.tolist(), batch_size, model)
 
 
 def _gradient_norms(
@@ -96,14 +95,16 @@ def _gradient_norms(
         "no weight can train, so there is no gradient",
         'Call model.requires_grad_(True), or leave "gradient norm" out',
     )
-    norms = []
+
+    def measure(row: list[int]) -> list[float]:
+        batch = sequences[row].to(model.device)
+        loss = mean_token_nll(model(**batch.inputs, use_cache=False).logits, **batch.inputs)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()]
+
+    one_by_one = [[row] for row in range(len(sequences))]
     with evaluating(model), torch.enable_grad():
-        for one in sequences.batches(1):
-            batch = one.to(model.device)
-            loss = mean_token_nll(model(**batch.inputs, use_cache=False).logits, **batch.inputs)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            norms.append(torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item())
-    return np.array(norms)
+        return np.array(in_batches(measure, sequences.lengths.tolist(), 1, model, one_by_one))
 
 # %% ../../nbs/library/evals/membership.ipynb #09d00014
 def _lowest_mean(
@@ -159,7 +160,7 @@ def membership_scores(
     # keys of `MEMBERSHIP_ATTACKS`; None: all, "reference" only where there is one
     attacks: Sequence[str] | None = None,
     max_length: int | None = None,  # longer texts are cut
-    batch_size: int = 16,  # texts per forward pass
+    batch_size: int = 16,  # texts of the longest length per forward pass
 ) -> pd.DataFrame:  # n rows, a column per attack
     "What each attack says about each text."
     attacks = _check_attacks(attacks, reference is not None)
@@ -169,9 +170,9 @@ def membership_scores(
     cut = tokenizer.batch_decode(sequences.tokens())
     theirs = None
     if "reference" in attacks and reference is not None:
-        theirs = _token_evidence(reference, sequences, batch_size=batch_size)
+        theirs = _token_evidence(reference, sequences, batch_size)
     evidence = _Evidence(
-        tokens=_token_evidence(model, sequences, batch_size=batch_size),
+        tokens=_token_evidence(model, sequences, batch_size),
         compressed=np.array([len(zlib.compress(text.encode())) for text in cut]),
         reference=theirs,
         gradient=_gradient_norms(model, sequences) if "gradient norm" in attacks else None,

@@ -22,11 +22,11 @@ from unittest.mock import patch
 import pandas as pd
 
 from ..data.files import data_file
-from ..errors import DownloadError, InputError, first_line, require
+from ..errors import DownloadError, InputError, first_line, require, require_number
 from ..language_model import context_length, evaluating
 from ..models.tiny import recipe_key
 from ..plumbing import cache_dir, require_package
-from ..text import read_table
+from ..tables import read_table
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -188,12 +188,8 @@ def _check_tasks(
             f"{unknown} is not known",
             f"Known: {known}; your own go into a dict, name -> questions",
         )
-    require(
-        limit is None or (isinstance(limit, int) and limit > 0),
-        "limit",
-        f"{limit!r} is not a positive number of questions",
-        "Leave it None to ask all",
-    )
+    if limit is not None:
+        require_number("limit", limit, 1, whole=True, otherwise="None to ask all, or ")
 
 
 def evaluate_tasks(

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import require
 from ..models.tiny import memorize
+from ..text import check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def retrain(
     **recipe: Any,  # as for `memorize`: the original's
 ) -> "PreTrainedModel":  # the same model
     "Train again without the forget texts: what unlearning is measured against."
-    to_forget = set(forget)
+    texts, to_forget = check_texts(texts), set(check_texts(forget, "forget"))
     absent = to_forget.difference(texts)
     require(
         not absent,

@@ -68,7 +68,7 @@ def token_log_probs(
     *names: str,  # parts
 ) -> list[torch.Tensor]:  # per part [B, T-1], in nats; 0 where no token is predicted
     "Log-probabilities of the true next tokens of several parts, in one forward pass."
-    states, head, _ = states_or_logits(model, batch.together(*names))
+    states, head = states_or_logits(model, batch.together(*names))
     parts = [getattr(batch, name) for name in names]
     by_part = states.split([len(part.rows) for part in parts])
     return [per_token(log_p, part, (part.cut(rows), head)) for part, rows in zip(parts, by_part, strict=True)]

@@ -46,7 +46,7 @@ class _NumericObjective(Objective):
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            require_number(name, value)
+            object.__setattr__(self, name, require_number(name, value))  # a plain one, for JSON
             allowed = value > 0 or name not in self.positive
             require(allowed, name, "the loss divides by it", "Give a number above 0")
 
@@ -112,7 +112,7 @@ def _mismatched(model: "PreTrainedModel | PeftModel", batch: Batch) -> torch.Ten
     "CE(labels r | input f): the forget text is read, its neighbor's tokens are expected; a scalar in nats."
     f, r = batch.forget, batch.neighbor
     k = len(r.rows) // len(f.rows)  # row i's neighbors stand side by side
-    states, head, _ = states_or_logits(model, batch.together("forget"))
+    states, head = states_or_logits(model, batch.together("forget"))
     lengths = f.sequences.lengths.repeat_interleave(k).tolist()
     prompts = torch.maximum(r.sequences.prompt_lengths, f.sequences.prompt_lengths.repeat_interleave(k))
     rows = [row[:length] for row, length in zip(r.sequences.rows, lengths, strict=True)]
@@ -258,7 +258,7 @@ class UNDIAL(_NumericObjective):
         return F.cross_entropy(logits, lowered.softmax(-1), reduction="none")
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
-        states, head, _ = states_or_logits(model, batch.together("forget"))
+        states, head = states_or_logits(model, batch.together("forget"))
         original = original_output(reference, "forget", batch.forget)
         values = per_token(self._distance, batch.forget, (states, head), original)
         return {"l_fgt": token_mean(values, batch.forget)}
@@ -278,7 +278,7 @@ def _layer_states(model: "PreTrainedModel | PeftModel", sequences: Sequences, la
 
     hook = _layers(model)[layer].register_forward_hook(keep)
     try:
-        last, _, _ = states_or_logits(model, sequences)
+        last, _ = states_or_logits(model, sequences)
     finally:
         hook.remove()
     return caught[0] + (0 * last.sum() if isinstance(model, DistributedDataParallel) else 0)

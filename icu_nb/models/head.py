@@ -42,8 +42,8 @@ def _up_to_head(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     head: torch.nn.Module,  # from `_output_head`
     batch: Sequences,  # B sequences on the model's device
-    use_cache: bool = False,  # also return the keys and values
-) -> tuple[torch.Tensor, Any]:  # [B, T, H]; the cache, or None
+    **inputs: Any,  # what else the model is given, such as a cache to fill
+) -> torch.Tensor:  # [B, T, H]
     "What enters the output head, whatever the architecture calls it, without multiplying by the head."
     replaced, forward = vars(head).get("forward"), head.forward
     caught = []
@@ -54,7 +54,7 @@ def _up_to_head(
 
     head.forward = last_position_only
     try:
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=use_cache)
+        output = model(**batch.inputs, **{"use_cache": False, **inputs})
     finally:  # as it was: the method of the class, or what somebody else had put there
         del head.forward
         if replaced is not None:
@@ -62,7 +62,7 @@ def _up_to_head(
     states, logits = caught
     if head not in _alone:
         _alone[head] = type(head) is torch.nn.Linear and torch.equal(output.logits.float(), logits.float())
-    return states, output.past_key_values if use_cache else None
+    return states
 
 
 def last_hidden_states(
@@ -75,7 +75,7 @@ def last_hidden_states(
         raise InputError(
             "`model`: there is no output head in one piece. Give a causal LM that is not sharded."
         )
-    return _up_to_head(model, head, batch)[0]
+    return _up_to_head(model, head, batch)
 
 # %% ../../nbs/library/models/head.ipynb #ba99e20e
 def linear_head(
@@ -97,16 +97,13 @@ def linear_head(
 def states_or_logits(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     batch: Sequences,  # B sequences on the model's device
-    use_cache: bool = False,  # also return the keys and values
-) -> tuple[torch.Tensor, torch.nn.Linear | None, Any]:  # states [B, T, H], head; or logits, None; the cache
+    **inputs: Any,  # what else the model is given, such as a cache to fill
+) -> tuple[torch.Tensor, torch.nn.Linear | None]:  # states [B, T, H] and head; or logits and None
     "One pass over the batch, up to the head where the head can be applied later."
-    head = _output_head(model)
-    if type(head) is torch.nn.Linear and _alone.get(head, True):
-        states, cache = _up_to_head(model, head, batch, use_cache)
-        if _alone[head]:
-            return states, head, cache
-    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=use_cache)
-    return output.logits, None, output.past_key_values if use_cache else None
+    head = linear_head(model)
+    if head is None:
+        return model(**batch.inputs, **{"use_cache": False, **inputs}).logits, None
+    return _up_to_head(model, head, batch, **inputs), head
 
 # %% ../../nbs/library/models/head.ipynb #110df504
 def chunk_length(

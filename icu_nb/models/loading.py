@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from ..errors import InputError, require
+from ..errors import InputError, first_line, require, require_number
 from ..plumbing import best_device
 from ..text import pad_id
 
@@ -261,16 +261,14 @@ def _lora_config(model: "PreTrainedModel", rank: int | bool) -> "LoraConfig":
     "The settings of an adapter of that rank; True: rank 8."
     from peft import LoraConfig
 
-    require(
-        isinstance(rank, int) and rank >= 1,
-        "lora",
-        f"{rank!r} is no rank",
-        "Give True, a whole number from 1, or a peft.LoraConfig",
-    )
     rank = 8 if rank is True else rank
+    rank = require_number("lora", rank, 1, whole=True, otherwise="True, a peft.LoraConfig, or ")
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's matrices
     settings: dict[str, Any] = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
     return LoraConfig(r=rank, lora_alpha=2 * rank, **settings)
+
+
+_TIED = ".*(tie_word_embeddings|no longer tied)"  # peft's warnings; `merge_lora` unties what it must
 
 
 def add_lora(
@@ -298,7 +296,14 @@ def add_lora(
     _check_targets(model, config.target_modules)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that is about to be renamed
-        return get_peft_model(model, config).eval()
+        warnings.filterwarnings("ignore", message=_TIED)
+        adapted = get_peft_model(model, config).eval()
+    try:
+        merge_lora(adapted, copy_to="meta")
+    except InputError:
+        adapted.unload()
+        raise
+    return adapted
 
 # %% ../../nbs/library/models/loading.ipynb #01a00034
 def parameter_counts(
@@ -312,10 +317,63 @@ def parameter_counts(
     }
 
 # %% ../../nbs/library/models/loading.ipynb #01a00039
+def _separate_tied(model: "PreTrainedModel") -> None:
+    "Give each place of a weight that is tied and adapted a weight of its own."
+    places: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(p), []).append(name)
+    for names in places.values():
+        if not any(".base_layer." in name or ".original_module." in name for name in names):
+            continue
+        for name in names[1:]:
+            module, _, kind = name.rpartition(".")
+            tied = model.get_parameter(name)
+            own = torch.nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)
+            setattr(model.get_submodule(module), kind, own)
+
+
+def _say_whether_tied(model: "PreTrainedModel") -> None:
+    "Where head and embedding were tied: tie them again if they are equal, else note that they are not."
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if not model.config.tie_word_embeddings or head is None or head.weight is table.weight:
+        return
+    if head.weight.device.type != "meta" and torch.equal(head.weight, table.weight):
+        head.weight = table.weight
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _copied(model: torch.nn.Module, device: str | torch.device) -> Any:
+    "A copy on a device; weight by weight, so the model's own device needs no room."
+    copies: dict[int, torch.Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        copied = tensor.detach().to(device, copy=True)
+        if isinstance(tensor, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, requires_grad=tensor.requires_grad)
+        copies[id(tensor)] = copied
+    return copy.deepcopy(model, copies)
+
+
 def merge_lora(
     model: "PreTrainedModel | PeftModel",  # a peft model is used up by this; another is returned as it is
+    copy_to: str | torch.device | None = None,  # merge a copy on this device; the model stays as it is
 ) -> "PreTrainedModel":  # a plain transformers model, all of whose weights can train
     "Add the adapter to the weights for good."
     if not hasattr(model, "merge_and_unload"):
         return model
-    return model.merge_and_unload().requires_grad_(True)
+    try:
+        model = model if copy_to is None else _copied(model, copy_to)
+        _separate_tied(model.get_base_model())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_TIED)
+            tied = model.get_base_model().config.tie_word_embeddings
+            plain = model.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"`lora`: this adapter cannot be merged with the weights ({first_line(error)}), so the model could"
+            " not be saved as it is. Adapt other modules, or with plain LoRA."
+        ) from error
+    plain.config.tie_word_embeddings = tied  # peft has compared places, we compare numbers
+    _say_whether_tied(plain)
+    return plain.requires_grad_(True)

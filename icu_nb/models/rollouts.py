@@ -9,15 +9,16 @@ __all__ = ['greedy_pass', 'needed_rollouts', 'roll_out']
 import inspect
 import warnings
 import weakref
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import NonFinite
-from ..language_model import context_length, without_adapter
+from ..language_model import context_length, evaluating, without_adapter
 from .head import chunk_length, states_or_logits
 from ..text import Sequences, pad
 
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 def greedy_pass(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     batch: Sequences,  # B sequences, on the model's device
-    use_cache: bool = False,  # keep keys and values for continuations
-) -> tuple[torch.Tensor, Any]:  # LongTensor [B, T], 0 at the first position and at padding; the cache
+    use_cache: bool = False,  # keep keys and values for continuations, where they can be copied
+) -> tuple[torch.Tensor, DynamicCache | None]:  # [B, T], 0 at the first position and at padding; the cache
     "The greedy token at each position, given the true tokens before it: one pass, the head in chunks."
-    states, head, cache = states_or_logits(model, batch, use_cache)
+    name = _copyable_cache(model) if use_cache else None
+    cache = DynamicCache() if name else None  # the model's own would forget what its windows have left
+    states, head = states_or_logits(model, batch, **({name: cache, "use_cache": True} if name else {}))
     predicted = batch.attention_mask[:, 1:].bool()
     real_states = states[:, :-1][predicted]
     highest, tokens = [], []
@@ -60,6 +63,9 @@ def needed_rollouts(
     return [i for i in misses if i < last] + [i for i in misses if i >= last][:1]
 
 # %% ../../nbs/library/models/rollouts.ipynb #aca568e9
+_PLAIN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}  # keys and values, a slot per token
+
+
 class _RoomyLayer(DynamicLayer):
     "A cache layer with room for tokens to come, whose last rows may leave at any step."
 
@@ -106,8 +112,48 @@ def _gather_prefixes(
     return prefixes
 
 # %% ../../nbs/library/models/rollouts.ipynb #bb277f47
+class _Prefixes:
+    "Copies of prefixes from a shared cache, from which a model goes on token by token."
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",  # a causal LM
+        name: str,  # what it calls a cache
+        cache: DynamicCache,  # of B teacher-forced sequences
+        rows: torch.Tensor,  # LongTensor [R]: which sequence each continuation belongs to
+        offsets: torch.Tensor,  # LongTensor [R]: how many of its tokens come before the continuation
+        room: int,  # tokens that will be added
+    ):
+        self.model, self.name = model, name
+        self.cache = _gather_prefixes(cache, rows, offsets, room)
+        self.offsets = offsets
+        width = int(offsets.max())
+        self.mask = (torch.arange(width + room, device=offsets.device) >= (width - offsets)[:, None]).long()
+        self.read = 0  # tokens added so far
+
+    def next_logits(
+        self,
+        tokens: torch.Tensor,  # LongTensor [A]: the next token of the first A continuations
+    ) -> torch.Tensor:  # [A, V]
+        "The logits behind one more token."
+        alive = len(tokens)
+        positions = {}
+        if "position_ids" in _arguments(self.model):
+            positions["position_ids"] = (self.offsets[:alive] + self.read)[:, None]
+        self.read += 1
+        output = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask[:alive, : self.cache.get_seq_length() + 1],
+            use_cache=True,
+            **{self.name: self.cache},
+            **positions,
+        )
+        return output.logits[:, -1]
+
+
 def _continue_from_cache(
     model: "PreTrainedModel | PeftModel",  # a causal LM
+    name: str,  # what it calls a cache
     cache: DynamicCache,  # of the teacher-forced batch
     rows: torch.Tensor,  # LongTensor [R]: rows of that batch
     offsets: torch.Tensor,  # LongTensor [R]: where each continuation starts
@@ -115,32 +161,53 @@ def _continue_from_cache(
     steps: list[int],  # how many tokens each continuation gets, longest first
 ) -> list[list[int]]:  # R continuations
     "R greedy continuations at once, none of whose prefixes is computed again."
-    prefixes = _gather_prefixes(cache, rows, offsets, steps[0] - 1)
-    width = int(offsets.max())
-    mask = (torch.arange(width + steps[0], device=offsets.device) >= (width - offsets)[:, None]).long()
-    takes_positions = "position_ids" in inspect.signature(without_adapter(model).forward).parameters
+    prefixes = _Prefixes(model, name, cache, rows, offsets, steps[0] - 1)
     tokens = torch.zeros(len(first), steps[0], dtype=torch.long, device=offsets.device)
     tokens[:, 0] = first
     for step in range(1, steps[0]):
         alive = sum(n > step for n in steps)
-        positions = {"position_ids": (offsets[:alive] + step - 1)[:, None]} if takes_positions else {}
-        output = model(
-            input_ids=tokens[:alive, step - 1 : step],
-            attention_mask=mask[:alive, : width + step],
-            past_key_values=prefixes,
-            use_cache=True,
-            **positions,
-        )
         # several times faster than argmax on a CPU
-        tokens[:alive, step] = output.logits[:, -1].max(-1).indices
+        tokens[:alive, step] = prefixes.next_logits(tokens[:alive, step - 1]).max(-1).indices
     return [row[:n] for row, n in zip(tokens.tolist(), steps, strict=True)]
 
 # %% ../../nbs/library/models/rollouts.ipynb #c6e9cc08
-def _can_copy(
-    cache: object,  # what the model returned as `past_key_values`
+# model -> what its forward calls a cache that can be copied, or None
+_cache_names: weakref.WeakKeyDictionary[torch.nn.Module, str | None] = weakref.WeakKeyDictionary()
+
+
+def _arguments(model: "PreTrainedModel | PeftModel") -> Container[str]:
+    "What the model's own forward takes; peft's takes everything."
+    return inspect.signature(type(without_adapter(model)).forward).parameters
+
+
+def _copyable_cache(
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+) -> str | None:
+    "What the model calls its cache (transformers renamed it), if continuations can start from copies of it."
+    if model not in _cache_names:
+        names = [name for name in ("cache", "past_key_values") if name in _arguments(model)]
+        with evaluating(model), torch.autocast(model.device.type, enabled=False):
+            _cache_names[model] = names[0] if names and _copies_are_exact(model, names[0]) else None
+    return _cache_names[model]
+
+
+def _copies_are_exact(
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+    name: str,  # what it calls its cache
 ) -> bool:
-    "Whether the cache is the plain transformers cache, whose slots are tokens."
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    "Whether copied prefixes of three tokens and of one give the next token the logits that it has."
+    batch = pad([[0, 1, 2, 3]]).to(model.device)
+    whole = model(**batch.inputs, use_cache=True)
+    own = getattr(whole, name, None)
+    if type(own) is not DynamicCache or {type(layer) for layer in own.layers} - _PLAIN_LAYERS:
+        return False
+    cache = DynamicCache()
+    model(**batch.inputs, use_cache=True, **{name: cache})
+    rows, offsets = torch.tensor([[0, 0], [3, 1]], device=model.device)
+    found = _Prefixes(model, name, cache, rows, offsets, 1).next_logits(batch.input_ids[0, offsets])
+    true = whole.logits[0, offsets]
+    tolerance = 1e-3 if torch.finfo(true.dtype).bits >= 32 else 0.05
+    return bool((found - true).abs().max() <= tolerance * true.abs().max())
 
 # %% ../../nbs/library/models/rollouts.ipynb #093e8959
 def _continue_plainly(
@@ -199,21 +266,23 @@ def roll_out(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     batch: Sequences,  # B sequences on the model's device
     greedy: torch.Tensor,  # from `greedy_pass`
-    cache: Any,  # from `greedy_pass`
+    cache: DynamicCache | None,  # from `greedy_pass`
     needed: list[list[int]],  # the offsets to continue from, per sequence
     batch_size: int = 32,  # continuations at a time
 ) -> list[dict[int, list[int]]]:  # per sequence: offset -> continuation to the sequence's end
     "Greedy continuations from all needed offsets, many at a time."
     lengths, device = batch.lengths.tolist(), batch.input_ids.device
     jobs = [(row, i, lengths[row] - i) for row, offsets in enumerate(needed) for i in offsets]
-    if jobs and not _can_copy(cache):
+    name = _copyable_cache(model)
+    if jobs and name is None:
         _warn_once(model)
     rollouts: list[dict[int, list[int]]] = [{} for _ in needed]
     for chunk in _chunks_that_fit(jobs, batch_size, context_length(model)):
         steps = [n for *_, n in chunk]
-        if _can_copy(cache):
+        if name and cache is not None:
             rows, offsets, _ = torch.tensor(chunk, device=device).T
-            continuations = _continue_from_cache(model, cache, rows, offsets, greedy[rows, offsets], steps)
+            first = greedy[rows, offsets]
+            continuations = _continue_from_cache(model, name, cache, rows, offsets, first, steps)
         else:
             prefixes = [batch.input_ids[row, :i].tolist() for row, i, _ in chunk]
             continuations = _continue_plainly(model, prefixes, steps)

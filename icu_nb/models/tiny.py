@@ -201,7 +201,7 @@ def memorize(
     cache: bool = True,  # keep the result on disk, and take it from there
 ) -> pd.DataFrame:  # one row per epoch: epoch, loss (mean nats per token)
     "Train until the repeated texts are memorized."
-    tokens = tokenize([*texts, *background], tokenizer, max_length).tokens()
+    tokens = [row for part in (texts, background) for row in tokenize(part, tokenizer, max_length).tokens()]
     rows = [*list(range(len(texts))) * repeats, *range(len(texts), len(tokens))]
     require(len(rows) > 0, "texts", "there is nothing to train on", "Give texts or background")
     longest = max(map(len, tokens))

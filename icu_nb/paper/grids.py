@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.pile import local_runs
-from ..errors import require
+from ..errors import require, require_number
 from ..methods.registry import METHODS, get_method
 from .setup import LocalFiles, Trial, TrialSettings
 
@@ -250,8 +250,8 @@ def _check_request(name: str, profile: str, seeds: int | None) -> None:
     made = PROFILES[profile].experiments
     exists = name in made or name not in PROFILES["tiny"].experiments  # an own one fits every profile
     require(exists, "profile", f"{name} is not made for {profile}", f"There it is: {', '.join(made)}")
-    positive = seeds is None or (isinstance(seeds, int) and seeds >= 1)
-    require(positive, "seeds", f"{seeds!r} is not a positive integer", "Give 1 or more")
+    if seeds is not None:
+        require_number("seeds", seeds, 1, whole=True)
 
 
 def _pile_runs(profile: str, files: LocalFiles) -> list[int]:

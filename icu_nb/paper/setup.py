@@ -218,7 +218,7 @@ class LocalFiles:
         if self.texts is None:
             return []
         kinds = (".txt", ".jsonl", ".json", ".csv")
-        found = sorted(file for file in Path(self.texts).rglob("*") if file.suffix in kinds)
+        found = sorted(file for file in Path(self.texts).rglob("*") if file.suffix.lower() in kinds)
         problem = f"{self.texts} holds no .txt, .jsonl, .json or .csv file"
         require(bool(found), "texts", problem, "Name a folder that does")
         return found

@@ -62,7 +62,7 @@ def _score_tokens(
     probability: list[float] = []
     greedy: list[bool] = []
     with evaluating(model):
-        answers, head, _ = states_or_logits(model, batch)  # [1, T, hidden size or V]
+        answers, head = states_or_logits(model, batch)  # [1, T, hidden size or V]
         length = chunk_length(head) if head else len(tokens)
         states = answers[0, :-1].split(length)
         truths = batch.input_ids[0, 1:].split(length)

@@ -127,6 +127,7 @@ def _loop_config(trial: Trial, n: int) -> ICUConfig:
         stop=settings.stop,
         seed=trial.seed,
         n_neighbors=settings.k,
+        check="full",
         check_every=1 if every_epoch else settings.max_epochs,
         check_steps=max(1, n // (8 * settings.batch_size)) if settings.goal else None,
         num_beams=2 if beams else 1,
@@ -168,7 +169,7 @@ def _joined(results: list[UnlearnResult]) -> Outcome:
     samples = []
     first = 0
     for number, result in enumerate(results, start=1):
-        histories.append(result.history.assign(request=number))
+        histories.append(result.history.drop(columns="check").assign(request=number))
         samples.append(result.samples.assign(id=result.samples["id"] + first))
         first += len(result.pairs)
     history = pd.concat(histories, ignore_index=True)
