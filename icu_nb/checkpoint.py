@@ -220,6 +220,15 @@ def _difference(part: str, was: Any, now: Any) -> str:
     return f"`{part}` is another one" if part in _REMEDY else f"`{part}` was {was!r} and is {now!r}"
 
 
+def _agree(part: str, was: Any, now: Any) -> bool:
+    "Whether a part of two identities is the same; calibrated thresholds may be rounded otherwise."
+    if part != "thresholds" or not isinstance(was, dict) or was.keys() != now.keys():
+        return was == now
+    measured = ("ma", "el")  # by forward passes, whose batches may be of another size now
+    far = [name for name in measured if abs(was[name] - now[name]) > 0.002]
+    return not far and all(was[name] == now[name] for name in now.keys() - set(measured))
+
+
 def _require_same_run(stored: dict, identity: dict, name: str) -> None:
     "Raise `CheckpointError` unless both identities are those of the same run."
     if stored.get("format") != _FORMAT:
@@ -229,7 +238,7 @@ def _require_same_run(stored: dict, identity: dict, name: str) -> None:
         )
     for part, now in identity.items():
         was = stored.get(part)
-        if was != now:
+        if not _agree(part, was, now):
             remedy = _REMEDY.get(part, "Resume with the old one")
             raise CheckpointError(
                 f"{name} belongs to another run: {_difference(part, was, now)}. {remedy},"
@@ -390,6 +399,7 @@ class Progress:
     reason: str | None = None  # why it ended; None: it goes on
     message: str = ""  # the same as a sentence, where an error ended it
     log: Log = field(default_factory=Log)  # what was reported so far
+    steps: int = 0  # of this process, when it was reported
 
     def save(
         self,
@@ -408,6 +418,7 @@ class Progress:
             "scale": scaler.state_dict() if scaler else None,
             "active": torch.tensor(self.active),
             "reason": self.reason,
+            "thresholds": dataclasses.asdict(run.thresholds),
             "log": self.log.state(),
         }
         error = None
@@ -439,6 +450,7 @@ class Progress:
             run.accelerator.scaler.load_state_dict(state["scale"])
         self.active = state["active"].numpy()
         self.epoch = state["epoch"]
+        run.thresholds = Thresholds(**state["thresholds"])
         self.reason = state["reason"]
         if self.reason in (None, "max_epochs"):  # max_epochs may be another one by now
             self.reason = "max_epochs" if self.epoch >= run.config.max_epochs else None

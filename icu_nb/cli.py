@@ -8,7 +8,6 @@ __all__ = ['main']
 # %% ../nbs/library/cli.ipynb #220b8e50
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -45,6 +44,7 @@ _SETTINGS = (
     "check",
     "check_sample",
     "check_steps",
+    "checkpoint_every",
     "max_length",
     "el_n",
     "n_neighbors",
@@ -66,9 +66,9 @@ exit codes:
   4    the loss or its gradient was no number; nothing is saved
   130  interrupted (Ctrl-C); nothing is saved, --resume-from-checkpoint goes on
 
-While it runs, DIR.checkpoints holds the last two epochs, and nothing else may be in it. They hold what the
-model says, and that can be the texts to forget: they never come into DIR, and are removed when the run ends.
-If it is killed or interrupted they stay, for --resume-from-checkpoint.
+While it runs, DIR.checkpoints holds its last two checkpoints, and nothing else may be in it. They hold what
+the model says, and that can be the texts to forget: they never come into DIR, and are removed when the run
+ends. If it is killed or interrupted they stay, for --resume-from-checkpoint.
 """
 
 
@@ -112,7 +112,8 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"action": "store_true"},
     ),
     "resume_from_checkpoint": (
-        "go on from the checkpoints of a run with the same options, if there are any",
+        "go on from the checkpoints of a run with the same options, if there are any; those of memory and"
+        " --max-epochs may be others",
         {"action": "store_true"},
     ),
 }
@@ -369,13 +370,13 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
             f"`out`: {out} cannot be written ({error.__cause__ or error}). Free some space, or mend or move"
             " the folder; then go on with --resume-from-checkpoint."
         ) from error
-    table = before_and_after(result.history, result.thresholds)
+    table = before_and_after(result.history, result.thresholds, result.went_on).loc[["ma", "el"]]
     summary = {
         "stop_reason": result.stop_reason,
         "message": result.message,
         "epochs": int(result.history["epoch"].max()),
         "texts": len(result.hashes),
-        **table.loc[["ma", "el"]].astype(object).replace(math.nan, None).to_dict(),
+        **table.astype(object).where(table.notna(), None).to_dict(),
         "out": str(out),
     }
     print(json.dumps(summary, indent=1))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .errors import InputError, require
 from .language_model import context_length, evaluating, in_batches, weights_digest
 from .models.head import last_hidden_states
-from .plumbing import atomic_path, cache_dir
+from .plumbing import Arithmetic, atomic_path, cache_dir
 from .text import Sequences, tokenize
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ def model_embedder(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
     batch_size: int = 32,  # texts of the longest length per forward pass
+    precision: str | None = None,  # see `ICUConfig`
 ) -> Callable:  # texts -> float32 array [n, H]
     "The offline default: the model's own last hidden states, averaged over a text's tokens, at unit length."
     context = context_length(model)
     max_length = None if math.isinf(context) else int(context)
 
     def embed(texts: list[str]) -> np.ndarray:
-        with evaluating(model):
+        with evaluating(model), Arithmetic.of(model, precision).autocast():
             means = _mean_states(model, tokenize(texts, tokenizer, max_length), batch_size)
             return F.normalize(means.float(), dim=-1).cpu().numpy()
 

@@ -84,14 +84,15 @@ def weights_digest(
 def evaluating(
     model: torch.nn.Module,  # any torch module
 ) -> Iterator[None]:
-    "No dropout and no gradients inside; the model is put back into its mode afterwards."
-    was_training = model.training
-    model.eval()
+    "No dropout and no gradients inside; each block is put back into its mode afterwards."
+    modes = [(module, module.training) for module in model.modules()]
     try:
+        model.eval()
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 # %% ../nbs/library/language_model.ipynb #ee8c0e7c
 def context_length(

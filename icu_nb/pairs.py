@@ -23,6 +23,7 @@ from .embedding import Embedder, embed_checked, model_embedder, sentence_embedde
 from .errors import require
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
+from .plumbing import Arithmetic
 from .tables import read_table
 from .text import Sequences, check_texts, el_positions, pad, pad_id
 
@@ -193,7 +194,7 @@ def _find_neighbors(
     if isinstance(embedder, (str, Path)):
         embedder = sentence_embedder(embedder)
     elif embedder is None:
-        embedder = model_embedder(model, tokenizer, config.eval_batch_size)
+        embedder = model_embedder(model, tokenizer, config.eval_batch_size, config.precision)
 
     def second_halves(rows: list[list[int]]) -> list[str]:
         return tokenizer.batch_decode([row[len(row) // 2 :] for row in rows])
@@ -295,13 +296,15 @@ def choose_thresholds(
             stacklevel=4,
         )
         return published
-    return calibrate_thresholds(
-        model,
-        tokenizer,
-        _read(heldout, tokenizer, "heldout")[0],
-        max_length=config.max_length,
-        el_n=config.el_n,
-        el_start=config.el_start,
-        el_floor=published.el,  # EL of texts never seen is almost 0
-        batch_size=config.eval_batch_size,
-    )
+    texts = _read(heldout, tokenizer, "heldout")[0]
+    with Arithmetic.of(model, config.precision).autocast():
+        return calibrate_thresholds(
+            model,
+            tokenizer,
+            texts,
+            max_length=config.max_length,
+            el_n=config.el_n,
+            el_start=config.el_start,
+            el_floor=published.el,  # EL of texts never seen is almost 0
+            batch_size=config.eval_batch_size,
+        )

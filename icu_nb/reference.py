@@ -8,7 +8,8 @@ __all__ = ['OriginalModel']
 # %% ../nbs/library/reference.ipynb #722e8209
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +31,21 @@ def _switches_off(model, batch: Sequences) -> bool:
         return False
     with evaluating(model):
         now = _logits(model, batch)
-        with model.disable_adapter():
+        with _adapter_off(model):
             others_train = any(p.requires_grad for p in model.parameters())
             return torch.equal(_logits(model, batch), now) and not others_train
+
+
+@contextmanager
+def _adapter_off(model) -> Iterator[None]:
+    "Inside, the adapter is switched off; peft would train all of it afterwards, frozen parts too."
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
 
 
 def _logits(model, batch: Sequences) -> torch.Tensor:
@@ -144,7 +157,7 @@ class OriginalModel:
         )
         if self.whole is not None:
             return function(self.whole, sequences)
-        with evaluating(self.model), self.model.disable_adapter():
+        with evaluating(self.model), _adapter_off(self.model):
             return function(self.model, sequences)
 
     def hidden(

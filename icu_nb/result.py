@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
@@ -30,19 +31,14 @@ if TYPE_CHECKING:
 
 # %% ../nbs/library/result.ipynb #937b3702
 _METRICS = ["ma", "el", "bleu", "bert_f1"]
-_HISTORY = [
-    "epoch",
-    "loss",
-    "l_fgt",
-    "l_lrn",
-    "l_kl",
-    *_METRICS,
-    "active",
-    "seconds_train",
-    "seconds_check",
-    "check",
-]
+_LOSSES = ["loss", "l_fgt", "l_lrn", "l_kl"]
+_SECONDS = ["seconds_train", "seconds_check"]
+_HISTORY = ["epoch", *_LOSSES, *_METRICS, "active", *_SECONDS, "check", "arithmetic"]
 _SAMPLES = ["epoch", "id", *_METRICS, "entropy", "distinct", "active", "continuation"]
+
+
+def _bleu_undefined(samples: pd.DataFrame) -> int:
+    return int(samples.loc[samples["bleu"].isna() & samples["continuation"].notna(), "id"].nunique())
 
 
 class Log:
@@ -70,6 +66,10 @@ class Log:
             self.sequences.append(scores.assign(epoch=epoch, active=active))
         return self.epochs[-1]
 
+    def bleu_undefined(self) -> int:
+        "For how many texts there is a continuation and no BLEU: fewer than four true words."
+        return _bleu_undefined(pd.concat(self.sequences)) if self.sequences else 0
+
     def state(self) -> dict:
         "All of it in plain types, for a checkpoint."
         return {
@@ -91,15 +91,15 @@ def _means(scores: pd.DataFrame) -> dict:
     check = scores["check"].iloc[0]
     if scores["el"].isna().any() and not check.startswith("sample"):  # those whose MA passes have the least
         means["el"] = math.nan
-    undefined = int((scores["bleu"].isna() & scores["continuation"].notna()).sum())
-    return {**means, **({"bleu_undefined": undefined} if undefined else {}), "check": check}
+    return {**means, "check": check}
 
 # %% ../nbs/library/result.ipynb #e0a73e63
 def before_and_after(
     history: pd.DataFrame,  # of a run
     thresholds: Thresholds,  # its thresholds
+    went_on: bool = False,  # whether it trained after the last row: then nothing is known about the end
 ) -> pd.DataFrame:  # a row per metric: before, after (NaN: not measured), threshold (of the stop rule)
-    "The first and the last check of a run."
+    "The first check of a run, and the last one if the model is still what it saw."
     checked = history.dropna(subset="ma")
     require(
         len(checked) > 0,
@@ -107,9 +107,11 @@ def before_and_after(
         "the run ended before its first check, so nothing is known about this model",
         "Run it again, or save the model itself",
     )
-    checked = checked.iloc[[0, -1]]
-    table = checked[_METRICS].T.set_axis(["before", "after"], axis=1).dropna(how="all").astype(float)
-    return table.assign(threshold=pd.Series({"ma": thresholds.ma, "el": thresholds.el}))
+    before, after = checked.iloc[0], history.iloc[-1]
+    table = pd.DataFrame({"before": before[_METRICS], "after": after[_METRICS]}, dtype=float)
+    if went_on:
+        table["after"] = np.nan
+    return table.assign(threshold=pd.Series({"ma": thresholds.ma, "el": thresholds.el})).dropna(how="all")
 
 # %% ../nbs/library/result.ipynb #5dc43b10
 _METRIC_NAMES = {
@@ -118,6 +120,14 @@ _METRIC_NAMES = {
     "bleu": "BLEU of the continuation",
     "bert_f1": "BERTScore F1 of the continuation",
 }
+_STORED = """
+
+The weights are saved as {dtype}, as those of the original were given. What trained was float32 meanwhile, and
+the values below were measured before it was rounded."""
+_UNKNOWN = """
+
+After its last check, that of epoch {checked}, the model trained on and was not measured again: nothing is
+known about it as it is."""
 _CARD = """---
 {head}
 ---
@@ -136,14 +146,14 @@ whether it was among them.
 
 {how}
 
-It ended after epoch {epochs}: {message}.
+It ended {when}: {message}.{stored}
 
 ## Before and after
 
 Means over the forgotten texts, each from 0 to 1. Training may stop when MA and EL are both at or under their
 thresholds.
 
-{table}
+{table}{unknown}
 
 ## What this does not say
 
@@ -160,10 +170,12 @@ Its mean is over the others; wherever BLEU decides, MA and EL decide for these."
 
 
 def _markdown_table(table: pd.DataFrame) -> str:
-    "Numbers in Markdown; what is missing stays empty."
+    "Numbers in Markdown; a threshold that there is not stays empty."
+    missing = {"before": "not measured", "after": "not measured"}
     cells = [["", *table.columns], ["---"] * (1 + len(table.columns))]
-    for name, row in zip(table.index, table.to_numpy(), strict=True):
-        cells.append([name, *("" if pd.isna(value) else f"{value:.4f}" for value in row)])
+    for name, row in table.iterrows():
+        numbers = [missing.get(key, "") if pd.isna(value) else f"{value:.4f}" for key, value in row.items()]
+        cells.append([name, *numbers])
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 # %% ../nbs/library/result.ipynb #04dc48c2
@@ -196,6 +208,9 @@ class UnlearnResult:
     source: dict  # name and commit of the original model, from `source_of`
     # Where processes hold shards of the model: all of it, on the first one's CPU.
     weights: dict | None = dataclasses.field(default=None, repr=False)
+    # As the weights were given, by name: `save_pretrained` writes them so. In `model`, what trained is fp32.
+    dtypes: dict = dataclasses.field(default_factory=dict, repr=False)
+    went_on: bool = False  # whether it trained after the last row of the history, until something ended it
 
     def __post_init__(self):
         self.message = self.message or _MESSAGES.get(self.stop_reason, "")
@@ -208,9 +223,12 @@ class UnlearnResult:
             "config": dataclasses.asdict(self.config),
             "thresholds": dataclasses.asdict(self.thresholds),
             **self.plugs,
+            "saved_as": self._saved_as(),
             "stop_reason": self.stop_reason,
             "message": self.message,
             "history": _rows(self.history),
+            "bleu_undefined": _bleu_undefined(self.samples),
+            "trained_after_last_row": self.went_on,
             "provenance": provenance(),
         }
 
@@ -232,7 +250,11 @@ class UnlearnResult:
             "settings": settings,
             "thresholds": f"MA {self.thresholds.ma:.4f}, EL {self.thresholds.el:.4f}",
         }
-        table = before_and_after(self.history, self.thresholds).rename(index=_METRIC_NAMES)
+        table = before_and_after(self.history, self.thresholds, self.went_on).rename(index=_METRIC_NAMES)
+        epochs = int(self.history["epoch"].max())
+        checked = int(self.history.dropna(subset="ma")["epoch"].max())
+        is_known = not self.went_on and checked == epochs
+        saved_as = facts["saved_as"]
         return _CARD.format(
             head=head.to_yaml(),
             name=name,
@@ -240,8 +262,10 @@ class UnlearnResult:
             n=len(self.hashes),
             how="\n".join(f"- {key}: {value}" for key, value in how.items()),
             message=self.message,
-            epochs=int(self.history["epoch"].max()),
+            when=f"in epoch {epochs + 1}" if self.went_on else f"after epoch {epochs}",
+            stored=_STORED.format(dtype=saved_as) if "16" in saved_as else "",
             table=_markdown_table(table) + self._bleu_note(),
+            unknown="" if is_known else _UNKNOWN.format(checked=checked),
             version=versions["icu_nb"],
             machine=facts["provenance"]["machine"],
             day=f"{pd.Timestamp.now():%Y-%m-%d}",
@@ -250,9 +274,8 @@ class UnlearnResult:
 
     def _bleu_note(self) -> str:
         "A sentence on the texts that BLEU says nothing about, if there are any."
-        if "bleu_undefined" not in self.history:
-            return ""
-        return _BLEU_NOTE.format(int(self.history["bleu_undefined"].max()))
+        undefined = _bleu_undefined(self.samples)
+        return _BLEU_NOTE.format(undefined) if undefined else ""
 
     def save_pretrained(
         self,
@@ -270,10 +293,14 @@ class UnlearnResult:
         )
         card = self.card()
         facts = self.facts()
-        model = self._whole_model()
+        # On the CPU: a GPU that is full has no room for a copy.
+        model: Any = merge_lora(self.model, copy_to="cpu")
+        weights = self._weights_as_given(model)
+        dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
         try:
             with atomic_path(folder) as new:
-                model.save_pretrained(new, state_dict=self.weights)
+                model.save_pretrained(new, state_dict=weights)  # which empties it
+                _note_dtype(new, model, dtype)
                 self.tokenizer.save_pretrained(new)
                 write_json(new / "icu_result.json", facts)
                 (new / "README.md").write_text(card, encoding="utf-8")
@@ -284,16 +311,30 @@ class UnlearnResult:
             ) from error
         return folder
 
-    def _whole_model(self) -> Any:
-        "The model without an adapter: of one that has it, a copy on the CPU in which it is merged."
-        model: Any = self.model
-        if not hasattr(model, "disable_adapter"):
-            return model
-        device = model.device
-        try:
-            return merge_lora(copy.deepcopy(model.cpu()))  # a GPU that is full has no room for a copy
-        finally:
-            model.to(device)
+    def _weights_as_given(self, model) -> dict[str, torch.Tensor]:
+        "The weights in the dtypes in which they were given; tied ones stay one."
+        copies: dict[tuple, torch.Tensor] = {}
+        weights = {}
+        for name, weight in (self.weights or model.state_dict()).items():
+            dtype = self.dtypes.get(name, weight.dtype)
+            place = (weight.data_ptr(), weight.shape, weight.dtype)
+            if place not in copies:
+                copies[place] = weight if weight.dtype == dtype else weight.to("cpu", dtype)
+            weights[name] = copies[place]
+        return weights
+
+    def _saved_as(self) -> str:
+        "The dtypes of the saved weights in words."
+        floating = {dtype for dtype in self.dtypes.values() if dtype.is_floating_point}
+        return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floating)) or "float32"
+
+
+def _note_dtype(folder: Path, model, dtype: torch.dtype) -> None:
+    "Let the saved configuration name the dtype of the saved weights; transformers has named the model's."
+    if dtype != model.dtype:
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
 
 
 def _rows(table: pd.DataFrame) -> list[dict]:

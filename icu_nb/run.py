@@ -9,31 +9,36 @@ __all__ = ['check_environment', 'Run', 'check_all', 'is_enough', 'Reports']
 import math
 import numbers
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .checkpoint import Progress
 from .config import ICUConfig
 from .errors import NonFinite, require
 from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
+from .language_model import without_adapter
 from .metrics import memorization_accuracy
-from .models.loading import source_of
+from .models.loading import merge_lora, source_of
 from .models.memory import fuse_activations, recompute_layers
 from .objective import Objective, as_objective
 from .pairs import Task
-from .plumbing import mixed_precision, seed_everything
+from .plumbing import Arithmetic, seed_everything, together
 from .reference import OriginalModel
 from .result import UnlearnResult
 from .text import Sequences
@@ -71,6 +76,95 @@ def check_environment(
         " one per GPU",
     )
 
+# %% ../nbs/library/run.ipynb #55818e45
+_WRAPPERS = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def _remember_modules(model: torch.nn.Module) -> Callable[[], None]:
+    "A function that puts back mode, wrappers and hooks of each module."
+    given = []
+    for module in model.modules():
+        wrappers = {name: vars(module)[name] for name in _WRAPPERS if name in vars(module)}
+        hooks = {name: dict(held) for name, held in vars(module).items() if name.endswith("_hooks")}
+        given.append((module, module.training, wrappers, hooks))
+
+    def put_back() -> None:
+        in_shards = any(isinstance(p, DTensor) for p in model.parameters())
+        for module, training, wrappers, hooks in given:
+            module.training = training
+            if in_shards:
+                continue
+            for name in _WRAPPERS:
+                vars(module).pop(name, None)
+            vars(module).update(wrappers)
+            for name, held in hooks.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(held)
+
+    return put_back
+
+
+def _remember_random_state() -> Callable[[], None]:
+    "A function after which Python, NumPy and PyTorch draw as if nothing had been drawn in between."
+    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    of_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def put_back() -> None:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        torch.cuda.set_rng_state_all(of_cuda)
+        if of_mps is not None:
+            torch.mps.set_rng_state(of_mps)
+
+    return put_back
+
+
+def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], None]:
+    "A function that puts back what trains and how the model generates; gradients are None then."
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    owner: Any = without_adapter(model)
+    settings = owner.generation_config
+
+    def put_back() -> None:
+        owner.generation_config = settings
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+    return put_back
+
+
+def _take_off_wrapper(model: torch.nn.Module) -> None:
+    "What another run of accelerate, such as a Trainer's, has put around `forward`."
+    wrapped = vars(model).pop("_original_forward", None)
+    vars(model).pop("_is_accelerate_prepared", None)
+    if wrapped is not None:
+        model.__dict__.pop("forward", None)
+        if getattr(wrapped, "__func__", None) is not type(model).forward:
+            model.forward = wrapped
+
+# %% ../nbs/library/run.ipynb #76c41b3f
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    "Inside, accelerate knows of no settings yet; objects that are made here keep theirs afterwards."
+    kinds = (AcceleratorState, GradientState)
+    given = [vars(kind)["_shared_state"] for kind in kinds]
+    processes = PartialState._shared_state
+    told = processes.get("distributed_type")
+    for kind in kinds:
+        setattr(kind, "_shared_state", {})  # noqa: B010 (mypy takes it for a constant)
+    if told == DistributedType.FSDP:  # a run before this one has set it
+        processes["distributed_type"] = DistributedType.MULTI_GPU
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, given, strict=True):
+            setattr(kind, "_shared_state", state)  # noqa: B010
+        if told is not None:
+            processes["distributed_type"] = told
+
 # %% ../nbs/library/run.ipynb #5f918308
 def _prepared(accelerator: Accelerator, model, config: ICUConfig) -> tuple[Any, Any]:
     "Model and optimizer as `accelerate` wraps them, or one clear error where it cannot."
@@ -96,11 +190,43 @@ def _prepared(accelerator: Accelerator, model, config: ICUConfig) -> tuple[Any, 
     return accelerator.prepare(model, optimizer)
 
 
-def _arithmetic(model) -> str:
-    "16 bits on a GPU that has them; 32 with DeepSpeed, which would make the weights 16 bits wide."
-    if model.device.type != "cuda" or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        return "no"
-    return mixed_precision()
+def _widen(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
+    "Weights that train get 32 bits; frozen ones stay as they are, unless the run computes in 32 bits."
+    all_of_them = arithmetic.name == "fp32"
+    tensors = [p for p in model.parameters() if p.requires_grad or all_of_them]
+    if all_of_them:
+        tensors += model.buffers()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+
+
+def _accelerator(run: "Run", report_to: str | None, log_dir: str | Path | None) -> Accelerator:
+    "The run's own; it computes where the model is."
+    accelerator = Accelerator(
+        mixed_precision="no" if run.arithmetic.name == "fp32" else run.arithmetic.name,
+        device_placement=False,
+        log_with=report_to,
+        project_dir=log_dir or "runs",
+        # Nothing in the buffers changes; so a forward pass waits for no other process.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    accelerator.state.device = run.device
+    return accelerator
+
+
+def _given_dtypes(model) -> dict[str, torch.dtype]:
+    "The dtype of every weight, by its name without an adapter; one that cannot be merged is refused here."
+    dtypes = {name: weight.dtype for name, weight in merge_lora(model, copy_to="meta").state_dict().items()}
+    plain = without_adapter(model)
+    for name, weight in plain.named_parameters():
+        if ".original_module." in name:  # beside a copy that trains, which peft has made fp32
+            dtypes[name.replace(".original_module", "")] = weight.dtype
+    checkpoint = vars(plain).get("checkpoint_dtype")  # of what `load_model` has loaded
+    if checkpoint in (torch.float16, torch.bfloat16):
+        for name, dtype in dtypes.items():
+            dtypes[name] = checkpoint if dtype == torch.float32 else dtype
+    return dtypes
 
 
 def _original(model, task: Task, objective: Objective, config: ICUConfig) -> OriginalModel:
@@ -134,8 +260,7 @@ class Run:
         log_dir: str | Path | None = None,  # where trackers that write files write them; None: runs
     ):
         self.objective = as_objective(objective)
-        self.objective.validate(model, task)
-        seed_everything(config.seed)
+        self.dtypes = _given_dtypes(model)
         self.task = task
         self.config = config
         self.thresholds = thresholds
@@ -143,23 +268,32 @@ class Run:
         self.refinement = refinement
         self.scorer = scorer
         self.source = source_of(model)
-        self.accelerator = Accelerator(
-            mixed_precision=_arithmetic(model),
-            device_placement=False,
-            log_with=report_to,
-            project_dir=log_dir or "runs",
-        )
-        self.world = self.accelerator.num_processes
-        self.rank = self.accelerator.process_index
-        # Alone, the user's choice; else each process has its own.
-        self.device = model.device if self.world == 1 else self.accelerator.device
-        self.core = model.float().eval().to(self.device)
-        self.reference = _original(model, task, self.objective, config)
-        self.model, self.optimizer = _prepared(self.accelerator, model, config)
+        self.steps = 0  # taken by now
         self.generator = torch.Generator().manual_seed(config.seed)
-        # Last: what fails above leaves the model's layers as they were.
-        self.changed = recompute_layers(model) if config.gradient_checkpointing else []
-        self.changed += fuse_activations(model)
+        state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.world, self.rank = state.num_processes, state.process_index
+        with ExitStack() as given:
+            for remember in (_remember_modules, _remember_training):
+                given.callback(remember(model))
+            given.callback(_remember_random_state())
+            _take_off_wrapper(model)
+            with together():
+                self.objective.validate(model, task)
+                seed_everything(config.seed)
+                # Alone, the user's choice; else each process has its own.
+                self.device = model.device if self.world == 1 else state.device
+                self.core = model.eval().to(self.device)
+                self.arithmetic = Arithmetic.of(model, config.precision)
+                _widen(model, self.arithmetic)
+                with self.arithmetic.autocast():
+                    self.reference = _original(model, task, self.objective, config)
+            with _own_settings():
+                self.accelerator = _accelerator(self, report_to, log_dir)
+                self.model, self.optimizer = _prepared(self.accelerator, model, config)
+            if config.gradient_checkpointing:
+                recompute_layers(model)
+            fuse_activations(model)
+            self.given = given.pop_all()  # what fails above leaves the model as it was
 
     def step(
         self,
@@ -172,32 +306,25 @@ class Run:
         with self.accelerator.no_sync(self.model):  # processes need to agree on the sum only
             logged = [_backward(self, piece, rows, number) for piece in first]
         logged.append(_backward(self, last, rows, number))
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        most = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), most)
         scaler = self.accelerator.scaler
         if scaler is None or scaler.get_scale() <= 1:  # fp16: the scale is lowered before that is an error
             _require_finite("gradient", float(norm or 0.0), number)  # DeepSpeed knows it only afterwards
         self.optimizer.step()
+        self.steps += 1
         self.optimizer.zero_grad()  # a check needs the room
         return {name: sum(values[name] for values in logged) for name in logged[0]}
 
-    def close(
-        self,
-        model: "PreTrainedModel | PeftModel",  # the one that was given
-    ) -> None:
-        "The model without the wrappers of the run."
-        for module in self.changed:
-            del module.forward
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        if "_original_forward" in vars(model):  # what accelerate leaves behind; the class has its own
-            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                model.__dict__.pop(name, None)
+    def close(self) -> None:
+        "The model without what the run has put around it."
+        self.given.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     @contextmanager
     def ending_well(
         self,
-        model: "PreTrainedModel | PeftModel",  # the one that was given
         progress: Progress,  # gets the reason
     ) -> Iterator[None]:
         "An interrupt, or a loss that is no number, ends the loop with a reason; the model is unwrapped."
@@ -212,7 +339,7 @@ class Run:
             progress.message = f"epoch {progress.epoch}: {error}. Try a smaller learning_rate."
             warnings.warn(progress.message, stacklevel=5)
         finally:
-            self.close(model)
+            self.close()
 
     def result(
         self,
@@ -241,6 +368,8 @@ class Run:
             plugs=plugs,
             source=self.source,
             weights=weights,
+            dtypes=self.dtypes,
+            went_on=self.steps > progress.steps,
         )
 
 # %% ../nbs/library/run.ipynb #825afe57
@@ -256,13 +385,15 @@ def _backward(run: Run, piece: torch.Tensor, rows: torch.Tensor, number: int) ->
     share = len(piece) / len(rows)
     stand_in = rows[:1]
     batch = run.task.batch(piece if len(piece) else stand_in, run.device, step=rows)
-    with run.accelerator.autocast():
+    with together(), run.arithmetic.autocast():
         terms = run.objective(run.model, batch, run.reference)
         loss: Any = sum(terms.values())
         terms = {"loss": loss, **terms}
     values = run.accelerator.reduce(share * torch.stack([*terms.values()]).detach(), "sum").tolist()
     _require_finite("loss", values[0], number)
     run.accelerator.backward(run.world * share * terms["loss"])  # DDP averages where we want the sum
+    if isinstance(run.model, DistributedDataParallel):  # else it waits for the others within a forward pass
+        run.model.reducer._rebuild_buckets()
     return dict(zip(terms, values, strict=True))
 
 
@@ -272,20 +403,14 @@ def _require_finite(name: str, value: float, number: int) -> None:
 
 # %% ../nbs/library/run.ipynb #0ebab1f9
 def _gather(run: Run, measure: Callable[[Sequences, torch.Tensor], Any], among: np.ndarray) -> list:
-    "Measure rows of the forget set, each process its share: all results. NaN on one is an error on all."
+    "Measure rows of the forget set, each process its share: all results."
     step = 1 if run.accelerator.distributed_type == DistributedType.FSDP else run.world
-    rows = torch.from_numpy(among[run.rank % step :: step])
+    rows = torch.tensor(among[run.rank % step :: step])
     result = None
-    try:
+    with together(), run.arithmetic.autocast():
         if len(rows):
-            with run.accelerator.autocast():
-                result = measure(run.task.forget[rows], rows)
-    except NonFinite as error:
-        result = error
+            result = measure(run.task.forget[rows], rows)
     results = [result] if step == 1 else gather_object([result])
-    for one in results:
-        if isinstance(one, NonFinite):
-            raise one
     return [one for one in results if one is not None]
 
 

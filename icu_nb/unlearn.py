@@ -28,6 +28,7 @@ from .config import ICUConfig, refuses_old_names
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
 from .objective import ICU, Objective
 from .pairs import choose_thresholds, prepare_task
+from .plumbing import together
 from .result import UnlearnResult
 from icu_nb.run import (
     Reports,
@@ -78,15 +79,34 @@ def stop_reason(
     return "max_epochs" if epoch >= config.max_epochs else None
 
 # %% ../nbs/learn/07_the_loop.ipynb #1e3e94ee
-def _warn_of_undefined_bleu(run: Run, row: dict) -> None:
+def _warn_of_undefined_bleu(run: Run, undefined: int) -> None:
     "Say once for how many texts MA and EL decide where BLEU should."
     by_bleu = run.refinement not in (None, select_icu) or run.config.stop == "all_forgotten"
-    if by_bleu and row.get("bleu_undefined") and run.rank == 0:
+    if by_bleu and undefined and run.rank == 0:
         warnings.warn(
-            f"BLEU is not defined for {row['bleu_undefined']} forget texts: their true continuations have"
-            " fewer than four words between spaces. MA and EL decide for them.",
+            f"BLEU is not defined for {undefined} forget texts: their true continuations have fewer than"
+            " four words between spaces. MA and EL decide for them.",
             stacklevel=5,
         )
+
+# %% ../nbs/learn/07_the_loop.ipynb #45c1a055
+def _check(run: Run, progress: Progress) -> pd.DataFrame:
+    "The scores of now, by which sequences become active or the run ends; it ends on a full check only."
+    scores = check_all(run)
+    while True:
+        progress.active = _refine(run, scores)
+        progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
+        if progress.reason is None or scores["check"][0] == "full":
+            return scores
+        scores = check_all(run, scores)
+
+
+def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
+    "Which sequences train next, bool [n]."
+    if run.refinement is None:
+        return np.full(len(scores), True)
+    with together():
+        return np.asarray(run.refinement(scores, run.thresholds), dtype=bool)
 
 # %% ../nbs/learn/07_the_loop.ipynb #24d2c042
 def _next_epoch(
@@ -106,34 +126,18 @@ def _next_epoch(
         scores = _check(run, progress)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
     row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
+    row["arithmetic"] = run.arithmetic.name
+    progress.steps = run.steps
     if progress.epoch == 0:
-        _warn_of_undefined_bleu(run, row)
+        _warn_of_undefined_bleu(run, progress.log.bleu_undefined())
     return row
-
-
-def _check(run: Run, progress: Progress) -> pd.DataFrame:
-    "The scores of now, by which sequences become active or the run ends; it ends on a full check only."
-    scores = check_all(run)
-    while True:
-        progress.active = _refine(run, scores)
-        progress.reason = stop_reason(scores, progress.active, run.thresholds, run.config, progress.epoch)
-        if progress.reason is None or scores["check"][0] == "full":
-            return scores
-        scores = check_all(run, scores)
-
-
-def _refine(run: Run, scores: pd.DataFrame) -> np.ndarray:
-    "Which sequences train next, bool [n]."
-    if run.refinement is None:
-        return np.full(len(scores), True)
-    return np.asarray(run.refinement(scores, run.thresholds), dtype=bool)
 
 # %% ../nbs/learn/07_the_loop.ipynb #19440261
 @refuses_old_names
 def unlearn(
     model: "PreTrainedModel | PeftModel",  # a causal LM, with or without a LoRA adapter; changed in place
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    forget: Any,  # texts to unlearn: strings, or a `datasets.Dataset` with a `text` or an `input_ids` column
+    forget: Any,  # texts to unlearn: strings, or a Dataset or data frame with a `text` or `input_ids` column
     retain: Any,  # texts that may stay, in which neighbors are looked for: the same forms
     config: ICUConfig = ICUConfig(),  # the settings
     *,
@@ -154,24 +158,28 @@ def unlearn(
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
     plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
-    scorer = BERTScorer(str(encoder)) if encoder else None
-    task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
-    thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
+    with together():
+        scorer = BERTScorer(str(encoder)) if encoder else None
+        task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
+        thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
     # The first process decides for all: others might round otherwise.
     task, thresholds = broadcast_object_list([task, thresholds])
     identity = partial(run_identity, model, task, config, thresholds, plugs)
-    checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
+    with together():
+        checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
+    progress = Progress(np.full(len(task.forget), True))
     run = Run(
         model, task, config, objective, thresholds, tokenizer, refinement, scorer, report_to, checkpoint_dir
     )
-    progress = Progress(np.full(len(task.forget), True))
-    with run.ending_well(model, progress):
-        progress.load(run, checkpoints, resume_from_checkpoint)
+    with run.ending_well(progress):
+        with together():
+            progress.load(run, checkpoints, resume_from_checkpoint)
         with Reports(run, report_to, progress.epoch) as reports:
             while progress.reason is None:
                 row = _next_epoch(run, progress)
-                if callback is not None:
-                    row.update(callback(model, row) or {})
+                with together():
+                    row.update(callback(model, row) or {} if callback else {})
                 progress.save(run, checkpoints)
-                reports.tell(row)
+                with together():
+                    reports.tell(row)
     return run.result(model, progress, names_of(**plugs))

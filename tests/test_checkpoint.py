@@ -207,6 +207,28 @@ def test_how_it_learns_may_change(tiny, tmp_path, undisturbed, changes):
         assert_same_run(resumed, undisturbed)
 
 
+def test_thresholds_may_be_rounded_otherwise(tiny, tmp_path):
+    """Measured again on held-out texts, in other batches; the run keeps the ones that it began with."""
+    began = Thresholds(ma=0.3, el=0.1)
+    run(tiny, tmp_path, thresholds=began, max_epochs=1)
+    now = replace(began, ma=0.301)
+    resumed = run(tiny, tmp_path, thresholds=now, max_epochs=2, resume_from_checkpoint=True)
+    assert resumed.thresholds == began and resumed.history.epoch.max() == 2
+    for other in (replace(began, ma=0.31), replace(began, bleu=0.011)):
+        with pytest.raises(CheckpointError, match=r"another run: (ma|bleu) was"):
+            run(tiny, tmp_path, thresholds=other, resume_from_checkpoint=True)
+
+
+def test_a_drawn_sample_is_drawn_again(tiny, tmp_path):
+    """A staged check measures EL of a random sample: a resumed run draws the same."""
+    settings = {"check": "staged", "check_sample": 3, "thresholds": Thresholds(ma=1.0, el=0.0)}
+    whole = run(tiny, **settings)
+    assert "sample of 3" in set(whole.history["check"])
+    run(tiny, tmp_path, **settings)
+    shutil.rmtree(tmp_path / "epoch-00005")
+    assert_same_run(run(tiny, tmp_path, resume_from_checkpoint=True, **settings), whole)
+
+
 def test_fewer_epochs_than_there_were_end_at_once(tiny, tmp_path):
     whole = run(tiny, tmp_path)
     resumed = run(tiny, tmp_path, max_epochs=3, resume_from_checkpoint=True)

@@ -137,10 +137,9 @@ def test_the_summary_and_the_folder(call, given, tmp_path, tiny):
         and summary["texts"] == len(tiny.forget)
         and summary["out"] == str(tmp_path / "out")
     )
-    assert all(
-        summary["after"][name] <= summary["threshold"][name] < summary["before"][name]
-        for name in ("ma", "el")
-    )
+    limits, before, after = (summary[name] for name in ("threshold", "before", "after"))
+    assert after["ma"] <= limits["ma"] < before["ma"] and after["el"] <= limits["el"]
+    assert before["el"] is None, "the run was far from its end, and null is JSON"
     assert f"MA {summary['threshold']['ma']:.4f}" in err
     stored = json.loads((tmp_path / "out" / "icu_result.json").read_text())
     assert (
@@ -156,6 +155,14 @@ def test_the_summary_and_the_folder(call, given, tmp_path, tiny):
         weights(tmp_path / "out"),
     )
     assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_a_full_check_has_every_number(call, tmp_path):
+    _, out, _ = call(max_epochs=1, check="full")
+    summary = json.loads(out)
+    assert 0 <= summary["after"]["el"] <= summary["before"]["el"] <= 1
+    code, _, err = call(check="half")
+    assert code == 2 and "'half'" in err
 
 
 def test_max_epochs(call, tmp_path):

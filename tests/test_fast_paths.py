@@ -45,7 +45,7 @@ from icu_nb.models.rollouts import greedy_pass, roll_out
 from icu_nb.models.tiny import tiny_gpt_neo
 from icu_nb.objective import ICU, GradientAscent, Objective, token_terms
 from icu_nb.pairs import Task, prepare_task
-from icu_nb.plumbing import mixed_precision, peak_memory
+from icu_nb.plumbing import Arithmetic, peak_memory
 from icu_nb.reference import OriginalModel
 from icu_nb.run import Run
 from icu_nb.text import Sequences, pad
@@ -651,22 +651,46 @@ def test_small_weights_survive_sixteen_bits():
     assert (found - plain).norm() < 0.01 * plain.norm()
 
 
-@pytest.mark.parametrize(
-    "has_gpu, native, expected", [(False, False, "no"), (True, True, "bf16"), (True, False, "fp16")]
-)
-def test_the_arithmetic_follows_the_device(monkeypatch, has_gpu, native, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+def a_model(millions, device="cpu", dtype=torch.float32, frozen=False):
+    """Something of that size, of which nothing is allocated."""
+    model = torch.nn.Linear(1000, 1000 * millions, bias=False, device="meta", dtype=dtype)
+    model.device = torch.device(device)
+    return model.requires_grad_(not frozen)
+
+
+@pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp16")])
+def test_the_arithmetic_of_a_gpu(monkeypatch, native, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    assert mixed_precision() == expected
+    assert Arithmetic.of(a_model(1, "cuda")) == Arithmetic(expected, "cuda")
+    assert Arithmetic.of(a_model(1, "cuda"), "fp32") == Arithmetic("fp32", "cuda")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert Arithmetic.of(a_model(1, "cuda")).name == "fp32"
+
+
+@pytest.mark.parametrize(
+    "native, millions, expected",
+    [(True, 19, "fp32"), (True, 20, "bf16"), (False, 19, "fp32"), (False, 200, "fp32")],
+)
+def test_the_arithmetic_of_a_cpu(monkeypatch, native, millions, expected):
+    """bf16 where the processor has it and the model is large enough to gain by it: a rule, no measurement."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+    assert Arithmetic.of(a_model(millions)) == Arithmetic(expected, "cpu")
+    assert Arithmetic.of(a_model(millions), "fp32").name == "fp32"
+    assert Arithmetic.of(a_model(millions), "bf16").name == "bf16"
+    assert Arithmetic.of(a_model(millions, "mps")).name == "fp32"
+    frozen = a_model(millions, dtype=torch.bfloat16, frozen=True)
+    assert Arithmetic.of(frozen).name == "bf16"
+    with pytest.raises(InputError, match="`precision`"):
+        Arithmetic.of(a_model(millions), "fp16")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "name, settings", [("icu", {}), ("ga", {}), ("npo", {}), ("rmu", {"layer": 0}), ("undial", {})]
 )
-def test_a_gpu_says_what_the_cpu_says(tiny, monkeypatch, name, settings):
+def test_a_gpu_says_what_the_cpu_says(tiny, name, settings):
     """In 32 bits: two epochs end at the same MA, and their losses differ by rounding."""
-    monkeypatch.setattr(icu_nb.run, "mixed_precision", lambda: "no")
     ends = []
     for device in ("cpu", "cuda"):
         result = unlearn(
@@ -674,7 +698,7 @@ def test_a_gpu_says_what_the_cpu_says(tiny, monkeypatch, name, settings):
             tiny.tokenizer,
             tiny.forget,
             tiny.retain,
-            tiny.config(learning_rate=1e-4, max_epochs=2),
+            tiny.config(learning_rate=1e-4, max_epochs=2, precision="fp32"),
             objective=get_method(name).make(**settings),
             thresholds=Thresholds(ma=0.0, el=0.0),
         )

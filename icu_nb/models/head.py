@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
+from ..language_model import evaluating
 from ..text import Sequences, pad
 
 if TYPE_CHECKING:
@@ -86,11 +87,8 @@ def linear_head(
     if type(head) is not torch.nn.Linear:
         return None
     if head not in _alone:  # two tokens will tell
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             _up_to_head(model, head, pad([[0, 1]]).to(head.weight.device))
-        model.train(was_training)
     return head if _alone[head] else None
 
 

@@ -193,7 +193,8 @@ def load_model(
     try:
         with _quietly():
             commit = extract_commit_hash(cached_file(name, "config.json", revision=source["revision"]), None)
-            _check_kind(name, AutoConfig.from_pretrained(name, **source))
+            config = AutoConfig.from_pretrained(name, **source)
+            _check_kind(name, config)
             tokenizer = AutoTokenizer.from_pretrained(name, **source)
             model, report = AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **source
@@ -204,6 +205,7 @@ def load_model(
     except Exception as error:  # whatever any of a hundred architectures may raise
         raise _refusal(name, error) from error
     model.config._commit_hash = commit  # transformers' own name for it, never saved
+    model.checkpoint_dtype = config.dtype  # what a run saves it as
     model.to(device)
     if lora is None or lora is False:
         return model, tokenizer
@@ -371,8 +373,8 @@ def merge_lora(
             plain = model.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
         raise InputError(
-            f"`lora`: this adapter cannot be merged with the weights ({first_line(error)}), so the model could"
-            " not be saved as it is. Adapt other modules, or with plain LoRA."
+            f"`lora`: this adapter cannot be merged with the weights ({first_line(error)}), so the model"
+            " could not be saved as it is. Adapt other modules, or with plain LoRA."
         ) from error
     plain.config.tie_word_embeddings = tied  # peft has compared places, we compare numbers
     _say_whether_tied(plain)

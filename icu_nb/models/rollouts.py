@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import NonFinite
-from ..language_model import context_length, evaluating, without_adapter
+from ..language_model import context_length, evaluating, in_batches, without_adapter
 from .head import chunk_length, states_or_logits
 from ..text import Sequences, pad
 
@@ -234,18 +234,18 @@ def _chunks_that_fit(
     jobs: list[_Job],  # one per continuation
     batch_size: int,  # jobs per chunk
     context: float,  # how many slots the model's cache may have
-) -> list[list[_Job]]:  # the jobs, longest first within a chunk
+) -> list[list[int]]:  # numbers of jobs, longest first within a chunk
     "Jobs of like offset together; no chunk needs more slots than the model's cache may have."
-    chunks: list[list[_Job]] = []
+    chunks: list[list[int]] = []
     longest = 0  # of the last chunk
-    for job in sorted(jobs, key=lambda job: (job[1], -job[2])):
-        _, offset, steps = job
+    for number in sorted(range(len(jobs)), key=lambda number: (jobs[number][1], -jobs[number][2])):
+        _, offset, steps = jobs[number]
         longest = max(longest, steps)
         if not chunks or len(chunks[-1]) == batch_size or offset + longest > context:
             chunks.append([])
             longest = steps
-        chunks[-1].append(job)
-    return [sorted(chunk, key=lambda job: -job[2]) for chunk in chunks]
+        chunks[-1].append(number)
+    return [sorted(chunk, key=lambda number: -jobs[number][2]) for chunk in chunks]
 
 # %% ../../nbs/library/models/rollouts.ipynb #357af8c9
 _warned: weakref.WeakSet = weakref.WeakSet()  # models about which it has been said
@@ -276,16 +276,20 @@ def roll_out(
     name = _copyable_cache(model)
     if jobs and name is None:
         _warn_once(model)
-    rollouts: list[dict[int, list[int]]] = [{} for _ in needed]
-    for chunk in _chunks_that_fit(jobs, batch_size, context_length(model)):
+
+    def go_on(numbers: list[int]) -> list[list[int]]:
+        chunk = [jobs[number] for number in numbers]
         steps = [n for *_, n in chunk]
         if name and cache is not None:
             rows, offsets, _ = torch.tensor(chunk, device=device).T
             first = greedy[rows, offsets]
-            continuations = _continue_from_cache(model, name, cache, rows, offsets, first, steps)
-        else:
-            prefixes = [batch.input_ids[row, :i].tolist() for row, i, _ in chunk]
-            continuations = _continue_plainly(model, prefixes, steps)
-        for (row, i, _), tokens in zip(chunk, continuations, strict=True):
-            rollouts[row][i] = tokens
+            return _continue_from_cache(model, name, cache, rows, offsets, first, steps)
+        prefixes = [batch.input_ids[row, :i].tolist() for row, i, _ in chunk]
+        return _continue_plainly(model, prefixes, steps)
+
+    chunks = _chunks_that_fit(jobs, batch_size, context_length(model))
+    continuations = in_batches(go_on, [lengths[row] for row, *_ in jobs], batch_size, model, chunks)
+    rollouts: list[dict[int, list[int]]] = [{} for _ in needed]
+    for (row, i, _), tokens in zip(jobs, continuations, strict=True):
+        rollouts[row][i] = tokens
     return rollouts
