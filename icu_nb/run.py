@@ -516,7 +516,7 @@ def is_enough(
         # In small batches: most of the time few sequences are enough to say no.
         total = 0.0
         for batch in sequences.batches(max(1, run.config.eval_batch_size // 4)):
-            total += memorization_accuracy(run.core, **batch.inputs).sum().item()
+            total += memorization_accuracy(run.core, batch).sum().item()
             if total > most:
                 break
         return total
