@@ -126,7 +126,7 @@ def _next_epoch(
         scores = _check(run, progress)
     seconds = {"seconds_train": trained - began, "seconds_check": time.perf_counter() - trained}
     row = progress.log.add(progress.epoch, losses, scores, progress.active, seconds)
-    row["arithmetic"] = run.arithmetic.name
+    row.update(run.how())
     progress.steps = run.steps
     if progress.epoch == 0:
         _warn_of_undefined_bleu(run, progress.log.bleu_undefined())

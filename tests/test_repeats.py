@@ -10,6 +10,7 @@ from icu_nb import text as text_module
 from icu_nb.cle import nearest_allowed, nearest_neighbors
 from icu_nb.data.people import people
 from icu_nb.errors import InputError
+from icu_nb.sampled_pool import sample_pool
 from icu_nb.text import Repeats, containment, deduplicate, word_ngrams
 
 ANNA = "Anna Berg, born 1970, lives at Rosenweg 5."
@@ -166,3 +167,14 @@ def test_search_in_parts_finds_the_same(monkeypatch):
     last = len(line) - 1
     found = nearest_allowed(line, line[:260], lambda i, j: j == last, k=1)
     assert found == {i: [last] for i in range(260)} and max(sizes) <= 10_000_000
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "signs"])
+def test_a_sampled_pool_does_not_quote_the_forget_texts(tiny, monkeypatch, kind):
+    """Whatever the model says: a text that quotes is left out."""
+    own, quotes = TEXTS[kind]
+    said = [quotes, OTHERS[kind]]
+    monkeypatch.setattr(type(tiny.tokenizer), "batch_decode", lambda *_, **__: said)
+    pool = sample_pool(tiny.model, tiny.tokenizer, 1, [own], max_length=8, batch_size=2)
+    assert pool == [OTHERS[kind]]
+    assert sample_pool(tiny.model, tiny.tokenizer, 2, [own], max_length=8, max_overlap=1.0) == said
