@@ -113,10 +113,12 @@ def estimate_memory(
     copies = 2 * sum(module.weight.numel() for module in matrices) if on_gpu else 0  # in 16 bits
     per_token = _layer_bytes(base, max_length, trains, 2 if on_gpu else 4)
     layers = base.config.get_text_config().num_hidden_layers * tokens * per_token
+    buffers = sum(buffer.nbytes for buffer in base.buffers())
+    states, copy = 4 * n_forget * n_neighbors * max_length * H, 4 * counts["trainable"] + buffers
     items = {
-        "weights": 4 * counts["total"] + sum(buffer.nbytes for buffer in base.buffers()),
+        "weights": 4 * counts["total"] + buffers,
         "optimizer": 8 * counts["trainable"],
-        "original": 4 * n_forget * n_neighbors * max_length * H + head if trains else 0,
+        "original": min(states + head, copy) if trains else 0,
         "gradients": 4 * counts["trainable"] + head,
         "activations": int(layers) + 4 * 4 * tokens * H + copies + head + chunk,
     }
