@@ -378,12 +378,12 @@ def merge_lora(
     if not hasattr(model, "merge_and_unload"):
         return model
     try:
-        model = model if copy_to is None else _copied(model, copy_to)
-        _separate_tied(model.get_base_model())
+        adapted: Any = model if copy_to is None else _copied(model, copy_to)
+        _separate_tied(adapted.get_base_model())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_TIED)
-            tied = model.get_base_model().config.tie_word_embeddings
-            plain = model.merge_and_unload()
+            tied = adapted.config.tie_word_embeddings
+            plain = adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
         raise InputError(
             f"`lora`: this adapter cannot be merged with the weights ({first_line(error)}), so the model"
