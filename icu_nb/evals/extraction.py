@@ -101,7 +101,9 @@ PROMPTS = {  # where a prompt begins and ends, in eighths of the text
 def _attack_prompts(
     sequences: Sequences,  # n texts of 8 tokens or more
     prompt: str = "window",  # a key of `PROMPTS`
-    front: Sequence[int] = (),  # what the tokenizer puts in front of texts (BOS): it stands in front here, too
+    front: Sequence[
+        int
+    ] = (),  # what the tokenizer puts in front of texts (BOS): it stands in front here, too
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:  # prompts, targets, tokens between the two
     "What the attacker shows, and what he wants."
     require(prompt in PROMPTS, "prompt", f"{prompt!r} is not known", f"Known: {', '.join(PROMPTS)}")
