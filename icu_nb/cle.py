@@ -69,7 +69,7 @@ def nearest_allowed(
     allowed: Callable,  # (i, j) -> whether text j of the pool may be query i's neighbor
     k: int,  # neighbors per query
 ) -> dict[int, list[int]]:  # query -> its neighbors, nearest first; a query with fewer than k is missing
-    "Exact L2 search: one call of faiss for all queries, and deeper ones for those still without k neighbors."
+    "Exact L2 search (faiss), deeper and deeper for the queries that are still without k neighbors."
     chosen: dict[int, list[int]] = {}
     depth = 0
     while len(chosen) < len(queries) and depth < len(vectors):
@@ -110,7 +110,7 @@ def choose_neighbors(
         not lacking,
         "retain",
         f"for forget texts {lacking[:5]} fewer than {k} texts are left once near-duplicates are passed over",
-        "Add other texts to the pool, or raise max_overlap",
+        "Add other texts to the pool, ask for fewer neighbors, or raise max_overlap",
     )
     return np.array([chosen[i] for i in range(len(forget))])
 

@@ -23,6 +23,9 @@ from .config import NEW_NAMES, ICUConfig
 from .errors import ICUError, InputError, NonFinite, require
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from icu_nb.examples import Examples
     from icu_nb.result import UnlearnResult
 
 # %% ../nbs/library/cli.ipynb #b46c1376
@@ -102,8 +105,10 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"metavar": "FILE"},
     ),
     "column": (
-        "the column that holds the texts; a .txt file has one text per line; the same in all files",
-        {"default": "text", "metavar": "NAME"},
+        "the column that holds the texts, the same in all files; left out: text, or question and answer,"
+        " prompt and completion, or messages, of which the answers are unlearned; a .txt file has one text"
+        " per line",
+        {"metavar": "NAME"},
     ),
     "out": ("the folder for the unlearned model", {"required": True, "type": Path, "metavar": "DIR"}),
     "overwrite": (
@@ -197,38 +202,41 @@ def _parse(parser: _Parser, words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 # %% ../nbs/library/cli.ipynb #a3c6c5ea
-def _read_option(args: argparse.Namespace, name: str) -> list[str] | None:
-    "The different texts of a file, None where no file was named; duplicates are counted."
-    from icu_nb.text import read_texts
+def _read_option(args: argparse.Namespace, name: str) -> "pd.DataFrame | None":
+    "The different rows of a file, None where no file was named; duplicates are counted."
+    from icu_nb.examples import Examples
+    from icu_nb.tables import read_table
 
     path = getattr(args, name)
     if path is None:
         return None
     try:
-        texts = read_texts(path, args.column, name)
+        source = path
+        if args.column is not None:
+            source = read_table(path, [args.column], name).set_axis(["text"], axis=1)
+        rows = Examples.rows(source, name, files=True)
     except OSError as error:
         raise InputError(
             f"`{name}`: {path} cannot be read ({error.strerror}). Name a file that can."
         ) from error
-    different = list(dict.fromkeys(texts))
-    if len(different) < len(texts):
-        _tell(f"--{name}: {len(texts) - len(different)} duplicates left out, {len(different)} texts remain")
+    different = rows[~rows.astype(str).duplicated()]
+    if len(different) < len(rows):
+        _tell(f"--{name}: {len(rows) - len(different)} duplicates left out, {len(different)} texts remain")
     return different
 
 
-def _read_files(args: argparse.Namespace) -> tuple[list[str], list[str] | None, list[str] | None]:
-    "The texts of forget, retain and heldout; those held out must be others than those to forget."
-    forget = _read_option(args, "forget") or []
-    retain = _read_option(args, "retain")
-    heldout = _read_option(args, "heldout")
-    shared = len(set(forget) & set(heldout or ()))
+def _read_files(args: argparse.Namespace) -> "dict[str, pd.DataFrame | None]":
+    "The rows of forget, retain and heldout; those held out must be others than those to forget."
+    files = {name: _read_option(args, name) for name in ("forget", "retain", "heldout")}
+    kinds = [set() if rows is None else {*map(str, rows.to_dict("records"))} for rows in files.values()]
+    shared = len(kinds[0] & kinds[2])
     require(
         not shared,
         "heldout",
         f"{shared} of its texts also stand in `forget`",
         "Take them out: held-out texts are those that the model never saw",
     )
-    return forget, retain, heldout
+    return files
 
 # %% ../nbs/library/cli.ipynb #d402358f
 def _in_use(folder: Path) -> bool:
@@ -309,21 +317,18 @@ def _check_out(args: argparse.Namespace) -> Path:
     return checkpoints
 
 # %% ../nbs/library/cli.ipynb #ff92e77a
-def _pool_from(model, tokenizer, forget: list[str], retain: list[str] | None, config: ICUConfig) -> list[str]:
-    "The retain pool, or five sampled texts for each one to forget."
-    if retain is not None:
-        return retain
+def _sampled_pool(model, tokenizer, forget: "Examples", config: ICUConfig) -> list[str]:
+    "Five sampled texts for each one to forget."
     from icu_nb.sampled_pool import sample_pool
-    from icu_nb.text import tokenize
 
-    longest = int(tokenize(forget, tokenizer, config.max_length).lengths.max())
-    _tell(f"no --retain: {5 * len(forget)} texts are sampled from the model itself; real ones protect better")
+    n = 5 * len(forget.trained)
+    _tell(f"no --retain: {n} texts are sampled from the model itself; real ones protect better")
     return sample_pool(
         model,
         tokenizer,
-        5 * len(forget),
-        forget,
-        max_length=longest,
+        n,
+        forget.trained,
+        max_length=int(forget.sequences.lengths.max()),
         seed=config.seed,
         max_overlap=config.max_overlap,
         batch_size=config.eval_batch_size,
@@ -384,24 +389,26 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
 # %% ../nbs/library/cli.ipynb #ab012b3e
 def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfig) -> "UnlearnResult":
     "Read, load, unlearn."
-    forget, retain, heldout = _read_files(args)
+    forget, retain, heldout = _read_files(args).values()
+    from icu_nb.examples import Examples
     from icu_nb.iur import select_icu, select_published_rule
     from icu_nb.models.loading import load_model
     from icu_nb.pairs import check_fit, choose_thresholds
     from icu_nb.plumbing import seed_everything
-    from icu_nb.text import tokenize
     from icu_nb.unlearn import unlearn
 
     seed_everything(config.seed)  # an adapter begins at random
     model, tokenizer = load_model(
         args.model, revision=args.revision, trust_remote_code=args.trust_remote_code, lora=args.lora
     )
-    check_fit(model, tokenizer, tokenize(forget, tokenizer, config.max_length).tokens(), config)
+    examples = Examples.read(forget, tokenizer, "forget", config.max_length)
+    check_fit(model, tokenizer, examples.sequences, config)
     thresholds = choose_thresholds(model, tokenizer, heldout, None, config)
     if heldout is not None:
         found = f"MA {thresholds.ma:.4f}, EL {thresholds.el:.4f}"
         _tell(f"thresholds from {len(heldout)} held-out texts: {found}")
-    retain = _pool_from(model, tokenizer, forget, retain, config)
+    if retain is None:
+        retain = _sampled_pool(model, tokenizer, examples, config)
     if not args.resume_from_checkpoint:
         _clear(checkpoints)
     if os.environ.get("RANK", "0") == "0":

@@ -64,7 +64,7 @@ class ICUConfig:
     batch_size: int = _setting(8, "forget sequences per step")
     micro_batch_size: int | None = _setting(
         None,
-        "forget sequences per forward pass, if fewer fit into memory; gradients add up to the same step",
+        "forget sequences per forward pass; gradients add up to the same step. Halved if that does not fit",
     )
     gradient_checkpointing: bool = _setting(
         False,
@@ -108,7 +108,8 @@ class ICUConfig:
         1, "epochs from one checkpoint to the next; the last epoch is always written"
     )
     eval_batch_size: int = _setting(
-        64, "sequences per forward pass where nothing is trained; halved while memory does not suffice"
+        64,
+        "sequences of the longest length per forward pass where nothing is trained; less if it does not fit",
     )
     precision: str | None = _setting(
         None,

@@ -9,15 +9,16 @@ __all__ = ['Thresholds', 'calibrate_thresholds', 'score_forget_set', 'is_forgott
 # %% ../nbs/learn/06_iur.ipynb #e0011e99
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .errors import require, require_number
+from .examples import Examples
 from .language_model import context_length, generate_continuations
 from .metrics import memorization_accuracy, memorization_scores
-from .text import Sequences, check_texts, el_positions, pad_id, prompt_suffix, tokenize
+from .text import Sequences, el_positions, pad_id, prompt_suffix
 from .text_scores import BERTScorer, distinct_n, sentence_bleu, token_entropy
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Thresholds:
 def calibrate_thresholds(
     model: "PreTrainedModel | PeftModel",  # the original model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    heldout: list[str],  # texts of the forget set's kind that the model never saw
+    heldout: Any,  # texts of the forget set's kind that the model never saw, in any form of `Examples.read`
     *,
     max_length: int | None = None,  # longer texts are cut
     el_n: int = 10,  # EL's n-gram size
@@ -65,12 +66,12 @@ def calibrate_thresholds(
 ) -> Thresholds:
     "The mean MA and EL of texts never seen: with no more on the forget set, a model treats it as unseen."
     require_number("el_floor", el_floor, high=1.0)
-    sequences = tokenize(check_texts(heldout, "heldout"), tokenizer, max_length)
+    sequences = Examples.read(heldout, tokenizer, "heldout", max_length).sequences
     lengths, context = sequences.lengths.tolist(), context_length(model)
     long = [i for i, length in enumerate(lengths) if length > context]
     problem = f"texts {long[:5]} are longer than the model's context of {context} tokens"
     require(not long, "heldout", problem, "Set max_length, or cut them")
-    el_positions(lengths, el_n, el_start, "heldout", "el_")
+    el_positions(lengths, el_n, el_start, "heldout", "el_", sequences.prompt_lengths.tolist())
     accuracy, likelihood = memorization_scores(
         model, sequences, n=el_n, start=el_start, batch_size=batch_size
     )

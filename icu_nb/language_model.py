@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['without_adapter', 'predicted_positions', 'token_losses', 'mean_token_nll', 'weights_digest', 'evaluating',
-           'context_length', 'in_batches', 'generate_continuations']
+           'context_length', 'out_of_memory', 'in_batches', 'generate_continuations']
 
 # %% ../nbs/library/language_model.ipynb #fba9533d
 import hashlib
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -127,15 +128,26 @@ class _OutOfMemory(ICUError, torch.OutOfMemoryError):
     "Not even the smallest batch fits; the message says what to do."
 
 
-def _is_out_of_memory(
-    error: BaseException,  # what went wrong
-) -> bool:
-    "Whether less at a time might succeed."
-    if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
-        return True
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
+def out_of_memory(
+    error: RuntimeError,  # what went wrong
+    argument: str,  # the argument that can help
+    problem: str,  # what does not fit
+    remedy: str,  # what the caller can do
+) -> ICUError | None:  # None: it was not for lack of memory
+    "A lack of memory as an error that says what to do."
+    if isinstance(error, _OutOfMemory):  # of a part of the work
+        return error
+    failed_to_begin = "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    if not (failed_to_begin or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+        return None
+    message = f"`{argument}`: {problem}. {remedy}. The original error: {first_line(error)}"
+    return _OutOfMemory(message)
 
 
+_ALONE = (  # what helps where a single sequence does not fit
+    "Cut the texts with a smaller max_length, load the model in 16 bits, or use a device with more memory"
+    " (gradient_checkpointing saves memory only in training)"
+)
 # model -> what is done with it -> the most tokens per batch, once a larger one did not fit
 _room: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
 
@@ -149,26 +161,16 @@ def _in_halves(function: Callable, rows: list[int], lengths: list[int], model: t
         try:
             return list(function(rows))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            problem = f"a single sequence of {longest} tokens does not fit into memory"
+            failure = out_of_memory(error, "max_length", problem, _ALONE)
+            if failure is None:
                 raise
             if len(rows) == 1:
-                raise _too_long(error, longest) from error
+                raise failure from error
         release_memory()  # out here the error holds its tensors no more
         known[function.__qualname__] = middle * longest
     halves = rows[:middle], rows[middle:]
     return [result for half in halves for result in _in_halves(function, half, lengths, model)]
-
-
-def _too_long(error: RuntimeError, length: int) -> RuntimeError:
-    "The error that says what to do about a single row."
-    if isinstance(error, _OutOfMemory):  # of a part of the work on this row
-        return error
-    return _OutOfMemory(
-        f"`max_length`: a single sequence of {length} tokens does not fit into memory. Cut the texts with a"
-        " smaller max_length, load the model in 16 bits, or use a device with more memory"
-        " (gradient_checkpointing saves memory only in training)."
-        f" The original error: {first_line(error)}"
-    )
 
 
 def in_batches(
@@ -221,6 +223,42 @@ def _pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
 
+
+# model -> whether it reads a prompt alike with and without padding on its left
+_masks_padding: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _can_pad_left(
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+) -> bool:
+    "Whether padding on the left changes nothing: recurrent states may read it, positions may count it."
+    if model not in _masks_padding:
+        settings = {"max_new_tokens": 2, "pad_token_id": 0, "do_sample": False}
+        outputs = {"output_logits": True, "return_dict_in_generate": True}
+        logits = []
+        with evaluating(model), torch.autocast(model.device.type, enabled=False):
+            for padding in (0, 3):
+                ids = torch.tensor([[0] * padding + [1, 2, 3, 4] * 2], device=model.device)
+                mask = (torch.arange(ids.shape[1], device=model.device) >= padding).long()[None]
+                output = model.generate(input_ids=ids, attention_mask=mask, **settings, **outputs)
+                logits.append(torch.stack(output.logits))
+        tolerance = 1e-3 if torch.finfo(logits[0].dtype).bits >= 32 else 0.05
+        difference = (logits[1] - logits[0]).abs().max()
+        _masks_padding[model] = bool(difference <= tolerance * logits[0].abs().max())
+    return _masks_padding[model]
+
+
+def _in_order(
+    prompts: list[list[int]],  # the tokens to continue
+    batch_size: int,  # prompts per batch
+    by_length: bool,  # no batch holds prompts of different lengths
+) -> list[list[int]]:  # rows to take together
+    "Batches that do not depend on how much fits into memory, in the order given."
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt) if by_length else 0, []).append(row)
+    return [rows[k : k + batch_size] for rows in groups.values() for k in range(0, len(rows), batch_size)]
+
 # %% ../nbs/library/language_model.ipynb #295b4aec
 @torch.no_grad()
 def generate_continuations(
@@ -235,11 +273,11 @@ def generate_continuations(
 ) -> list[list[int]]:
     "Beam-search (or sampled) continuations of exactly the given lengths; EOS is an ordinary token."
     search: dict = {"do_sample": False, "num_beams": num_beams, "early_stopping": num_beams > 1}
-    batches = None
     if sampling:
         search = {"do_sample": True, **sampling}
-        # In the order given, because draws depend on what is drawn together.
-        batches = [list(range(len(prompts)))[k : k + batch_size] for k in range(0, len(prompts), batch_size)]
+    # A cache knows how to follow beams that change places; a bare recurrent state does not.
+    taken = inspect.signature(type(without_adapter(model)).forward).parameters
+    search["use_cache"] = "cache" in taken or "past_key_values" in taken
 
     def write(rows: list[int]) -> list[list[int]]:
         own_lengths = torch.tensor([lengths[row] for row in rows])
@@ -258,4 +296,7 @@ def generate_continuations(
 
     totals = [len(prompt) + n for prompt, n in zip(prompts, lengths, strict=True)]
     with _plain_generation(model):
+        by_length = len({len(prompt) for prompt in prompts}) > 1 and not _can_pad_left(model)
+        # What is drawn depends on what is drawn together.
+        batches = _in_order(prompts, batch_size, by_length) if sampling or by_length else None
         return in_batches(write, totals, batch_size, model, batches)

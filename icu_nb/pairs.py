@@ -7,8 +7,10 @@ __all__ = ['check_fit', 'Task', 'prepare_task', 'choose_thresholds']
 
 # %% ../nbs/library/pairs.ipynb #712737f1
 import hashlib
+import math
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,78 +23,28 @@ from .cle import choose_neighbors
 from .config import ICUConfig
 from .embedding import Embedder, embed_checked, model_embedder, sentence_embedder
 from .errors import require
+from .examples import Examples
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
 from .plumbing import Arithmetic
-from .tables import read_table
-from .text import Sequences, check_texts, el_positions, pad, pad_id
+from .text import Sequences, el_positions, pad_id, special_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# %% ../nbs/library/pairs.ipynb #cea55170
-def _given_tokens(rows: Any, tokenizer, argument: str) -> list[list[int]]:
-    "The tokens of a data set, or one clear error when they cannot be used."
-    missing = [i for i, row in enumerate(rows) if not isinstance(row, (list, tuple, np.ndarray))]
-    require(not missing, argument, f"no tokens at index {missing[:5]}", "Remove or mend these")
-    tokens = [[int(token) for token in row] for row in rows]
-    require(
-        len(tokens) > 0 and all(tokens),
-        argument,
-        "there are no sequences, or an empty one",
-        "Give at least one, and none that is empty",
-    )
-    unknown = [i for i, row in enumerate(tokens) if min(row) < 0 or max(row) >= len(tokenizer)]
-    require(
-        not unknown,
-        argument,
-        f"the sequences at {unknown[:5]} hold tokens that the tokenizer does not know",
-        "Give the tokenizer that made them",
-    )
-    return tokens
-
-
-def _read(source: Any, tokenizer, argument: str) -> tuple[list[str], list[list[int]] | None]:
-    "Texts, and their tokens if the source has them."
-    table = read_table(source, ["text", "input_ids"], argument, files=False)
-    if "input_ids" not in table:
-        return check_texts(table["text"], argument), None
-    tokens = _given_tokens(table["input_ids"], tokenizer, argument)
-    return tokenizer.batch_decode(tokens), tokens
-
-# %% ../nbs/library/pairs.ipynb #52b2fefe
-@dataclass(frozen=True)
-class _Texts:
-    "The texts of one list, whole and as they are trained on."
-
-    whole: list[str]
-    tokens: list[list[int]]  # cut
-    trained: list[str]  # up to the cut; a text of which only blanks would be left stays whole
-
-
-def _cut(source: Any, tokenizer, argument: str, max_length: int | None) -> _Texts:
-    "The texts with their tokens up to `max_length`."
-    whole, tokens = _read(source, tokenizer, argument)
-    if tokens is None:
-        tokens = tokenizer(whole, padding=False, truncation=False)["input_ids"]
-    tokens = [row[:max_length] for row in tokens]
-    decoded = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    trained = [cut if cut.strip() else text for text, cut in zip(whole, decoded, strict=True)]
-    return _Texts(whole, tokens, trained)
-
 # %% ../nbs/library/pairs.ipynb #24dd7219
 def check_fit(
     model: "PreTrainedModel | PeftModel",  # the model
     tokenizer: "PreTrainedTokenizerBase",  # said to be its tokenizer
-    tokens: list[list[int]],  # the forget sequences
+    sequences: Sequences,  # the forget sequences
     config: ICUConfig,  # el_n, el_start and max_length are used
 ) -> None:
     "One clear error when model, tokenizer and texts do not go together."
     embedding: Any = model.get_input_embeddings()
     vocabulary = len(embedding.weight)
     # Tokens added later may be for images, and never made from text.
-    largest = max(tokenizer.vocab_size - 1, pad_id(tokenizer), *map(max, tokens))
+    largest = max(tokenizer.vocab_size - 1, pad_id(tokenizer), *(int(row.max()) for row in sequences.rows))
     require(
         largest < vocabulary,
         "tokenizer",
@@ -100,14 +52,15 @@ def check_fit(
         "Use the tokenizer that belongs to the model",
     )
     context = context_length(model)
-    long = [i for i, row in enumerate(tokens) if len(row) > context]
+    long = (sequences.lengths > context).nonzero()[:, 0].tolist()
     require(
         not long,
         "forget",
         f"texts {long[:5]} are longer than the model's context of {context} tokens",
         f"Set max_length={context} in the config, or cut the texts",
     )
-    el_positions([len(row) for row in tokens], config.el_n, config.el_start, "forget", "el_")
+    lengths, prompts = sequences.lengths.tolist(), sequences.prompt_lengths.tolist()
+    el_positions(lengths, config.el_n, config.el_start, "forget", "el_", prompts)
     require(
         any(p.requires_grad for p in model.parameters()),
         "model",
@@ -181,10 +134,25 @@ def _predicted(sequences: Sequences, rows: torch.Tensor) -> int:
     return int((sequences.lengths[rows] - sequences.prompt_lengths[rows].clamp(min=1)).clamp(min=0).sum())
 
 # %% ../nbs/library/pairs.ipynb #0052c8a4
+def _compared(examples: Examples, rows: Iterable[int], tokenizer) -> list[str]:
+    "What the search compares: the second half of a text, all of a prompt with its answer."
+    back = special_ends(tokenizer)[1]
+    prompts = examples.sequences.prompt_lengths.tolist()
+    compared = []
+    for i in rows:
+        if prompts[i]:
+            compared.append(examples.trained[i])
+            continue
+        tokens = examples.sequences.rows[i].tolist()
+        has_back = bool(back) and tokens[-len(back) :] == back
+        compared.append(tokenizer.decode(tokens[len(tokens) // 2 : len(tokens) - len(back) * has_back]))
+    return compared
+
+
 def _find_neighbors(
-    model, tokenizer, forget: _Texts, retain: _Texts, kept: list[int], config: ICUConfig, embedder
+    model, tokenizer, forget: Examples, retain: Examples, kept: list[int], config: ICUConfig, embedder
 ) -> np.ndarray:
-    "IntArray [n, k]: for each forget text its nearest texts in `retain`, by their second halves."
+    "IntArray [n, k]: for each forget text its nearest in `retain`."
     require(
         len(kept) >= config.n_neighbors,
         "retain",
@@ -196,13 +164,10 @@ def _find_neighbors(
     elif embedder is None:
         embedder = model_embedder(model, tokenizer, config.eval_batch_size, config.precision)
 
-    def second_halves(rows: list[list[int]]) -> list[str]:
-        return tokenizer.batch_decode([row[len(row) // 2 :] for row in rows])
-
-    pool = embed_checked(embedder, second_halves([retain.tokens[j] for j in kept]))
+    pool = embed_checked(embedder, _compared(retain, kept, tokenizer))
     # Nothing of the forget texts goes into a cache.
     uncached = embedder.uncached if isinstance(embedder, Embedder) else embedder
-    queries = embed_checked(uncached, second_halves(forget.tokens))
+    queries = embed_checked(uncached, _compared(forget, range(len(forget.trained)), tokenizer))
     texts = [retain.trained[j] for j in kept]
     found = choose_neighbors(queries, pool, forget.trained, texts, config.n_neighbors, config.max_overlap)
     return np.array(kept)[found]
@@ -245,32 +210,44 @@ def prepare_task(
     neighbors: Any = None,  # see `unlearn`
 ) -> Task:
     "Check the input, then tokenize it and find the neighbors."
-    to_forget = _cut(forget, tokenizer, "forget", config.max_length)
-    check_fit(model, tokenizer, to_forget.tokens, config)
-    width = max(map(len, to_forget.tokens))
-    pool = _cut(retain, tokenizer, "retain", width)
-    instead = None if alternatives is None else _cut(alternatives, tokenizer, "alternatives", width)
-    require(
-        instead is None or len(instead.tokens) == len(to_forget.tokens),
-        "alternatives",
-        f"there are {len(instead.tokens) if instead else 0} for {len(to_forget.tokens)} forget texts",
-        "Give one per forget text, in the same order",
-    )
+    to_forget = Examples.read(forget, tokenizer, "forget", config.max_length)
+    check_fit(model, tokenizer, to_forget.sequences, config)
+    # Neighbors need not be longer than what is forgotten; but answers stand behind prompts of any length.
+    longest = int(to_forget.sequences.lengths.max())
+    limit = int(min(config.max_length or math.inf, context_length(model), sys.maxsize))
+    pool = Examples.read(retain, tokenizer, "retain", limit, longest)
+    instead = None
+    if alternatives is not None:
+        instead = Examples.read(alternatives, tokenizer, "alternatives", limit, longest)
+        _check_alternatives(to_forget.sequences, instead.sequences)
     kept = _keep_apart(to_forget.trained, pool.trained)
     if neighbors is None:
         pairs = _find_neighbors(model, tokenizer, to_forget, pool, kept, config, embedder)
     else:
-        pairs = _check_neighbors(neighbors, len(to_forget.tokens), len(pool.tokens), kept)
-
-    def padded(tokens: list[list[int]]) -> Sequences:
-        return pad(tokens, pad_id(tokenizer))
-
+        pairs = _check_neighbors(neighbors, len(to_forget.trained), len(pool.trained), kept)
     return Task(
-        forget=padded(to_forget.tokens),
-        neighbors=padded([pool.tokens[j] for j in pairs.flatten()]),
+        forget=to_forget.sequences,
+        neighbors=pool.sequences[pairs.flatten().tolist()],
         pairs=pairs,
         hashes=[_text_hash(text) for text in to_forget.whole],
-        alternatives=None if instead is None else padded(instead.tokens),
+        alternatives=None if instead is None else instead.sequences,
+    )
+
+
+def _check_alternatives(forget: Sequences, alternatives: Sequences) -> None:
+    "One clear error where they cannot be said instead."
+    require(
+        len(alternatives) == len(forget),
+        "alternatives",
+        f"there are {len(alternatives)} for {len(forget)} forget texts",
+        "Give one per forget text, in the same order",
+    )
+    differ = ((alternatives.prompt_lengths > 0) != (forget.prompt_lengths > 0)).nonzero()[:, 0].tolist()
+    require(
+        not differ,
+        "alternatives",
+        f"at index {differ[:5]} one of the two has a prompt and the other has none",
+        "Give other answers to the same prompts, in the same columns",
     )
 
 # %% ../nbs/library/pairs.ipynb #3f5f0f5a
@@ -296,12 +273,11 @@ def choose_thresholds(
             stacklevel=4,
         )
         return published
-    texts = _read(heldout, tokenizer, "heldout")[0]
     with Arithmetic.of(model, config.precision).autocast():
         return calibrate_thresholds(
             model,
             tokenizer,
-            texts,
+            heldout,
             max_length=config.max_length,
             el_n=config.el_n,
             el_start=config.el_start,

@@ -23,6 +23,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from accelerate.utils.memory import release_memory
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ from .checkpoint import Progress
 from .config import ICUConfig
 from .errors import NonFinite, require
 from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
-from .language_model import without_adapter
+from .language_model import out_of_memory, without_adapter
 from .metrics import memorization_accuracy
 from .models.loading import merge_lora, source_of
 from .models.memory import fuse_activations, recompute_layers
@@ -269,6 +270,7 @@ class Run:
         self.scorer = scorer
         self.source = source_of(model)
         self.steps = 0  # taken by now
+        self.micro_batch_size = config.micro_batch_size  # halved where a step does not fit into memory
         self.generator = torch.Generator().manual_seed(config.seed)
         state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.world, self.rank = state.num_processes, state.process_index
@@ -301,20 +303,23 @@ class Run:
         number: int,  # of the batch in its epoch, for messages
     ) -> dict[str, float]:  # the loss and its terms
         "One step of Adam, unless the loss or the gradient is no number."
-        self.optimizer.zero_grad()
-        *first, last = _pieces(self, rows)
-        with self.accelerator.no_sync(self.model):  # processes need to agree on the sum only
-            logged = [_backward(self, piece, rows, number) for piece in first]
-        logged.append(_backward(self, last, rows, number))
+        logged = _add_gradients(self, rows, number)
         most = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), most)
         scaler = self.accelerator.scaler
         if scaler is None or scaler.get_scale() <= 1:  # fp16: the scale is lowered before that is an error
             _require_finite("gradient", float(norm or 0.0), number)  # DeepSpeed knows it only afterwards
-        self.optimizer.step()
+        _step_of_adam(self)
         self.steps += 1
         self.optimizer.zero_grad()  # a check needs the room
         return {name: sum(values[name] for values in logged) for name in logged[0]}
+
+    def how(self) -> dict[str, Any]:
+        "How steps are computed, for the history: pieces only where memory has made them smaller than asked."
+        facts: dict[str, Any] = {"arithmetic": self.arithmetic.name}
+        if self.micro_batch_size != self.config.micro_batch_size:
+            facts["micro_batch_size"] = self.micro_batch_size
+        return facts
 
     def close(self) -> None:
         "The model without what the run has put around it."
@@ -375,9 +380,56 @@ class Run:
 # %% ../nbs/library/run.ipynb #825afe57
 def _pieces(run: Run, rows: torch.Tensor) -> list[torch.Tensor]:
     "This process's share of a step; every process has as many pieces, some of them empty."
-    size = run.config.micro_batch_size or len(rows)
+    size = run.micro_batch_size or len(rows)
     number = math.ceil(math.ceil(len(rows) / run.world) / size)
     return [rows[run.rank :: run.world][k * size : (k + 1) * size] for k in range(number)]
+
+
+def _add_gradients(run: Run, rows: torch.Tensor, number: int) -> list[dict[str, float]]:
+    "The gradient of a step, the sum over its pieces; what was logged of each."
+    while True:
+        run.optimizer.zero_grad()  # of an attempt that did not fit, too
+        pieces = _pieces(run, rows)
+        try:
+            with run.accelerator.no_sync(run.model):  # processes need to agree on the sum only
+                logged = [_backward(run, piece, rows, number) for piece in pieces[:-1]]
+            return [*logged, _backward(run, pieces[-1], rows, number)]
+        except RuntimeError as error:
+            smaller = _smaller_pieces(run, len(pieces[0]), error)
+        release_memory()  # out here the error holds its tensors no more
+        run.micro_batch_size = smaller
+        warnings.warn(
+            f"A step did not fit into memory: from now on micro_batch_size is {smaller}; the steps are the same.",
+            stacklevel=6,
+        )
+
+
+def _smaller_pieces(run: Run, size: int, error: RuntimeError) -> int:
+    "Half of the size that did not fit; or the error, where it is another one or halves do not help."
+    problem = f"a step does not fit into memory with {size} forget texts and their neighbors at a time"
+    remedy = "Set gradient_checkpointing=True or a smaller max_length, or train a LoRA adapter"
+    alone = run.world == 1 and run.accelerator.distributed_type != DistributedType.DEEPSPEED
+    if size > 1 and not alone:  # the processes would have to agree on it
+        remedy = f"Set it to {size // 2}. {remedy}"
+    failure = out_of_memory(error, "micro_batch_size", f"{problem}; the weights are as before it", remedy)
+    if failure is None:
+        raise error
+    if size == 1 or not alone:
+        raise failure from error
+    return (size + 1) // 2
+
+
+def _step_of_adam(run: Run) -> None:
+    "Move the weights; at the first step Adam's means are made, for all weights before any moves."
+    try:
+        run.optimizer.step()
+    except RuntimeError as error:
+        problem = "Adam's two numbers per trained weight do not fit into memory; the weights are as before"
+        remedy = "Train a LoRA adapter (`add_lora`, `--lora`), or use a GPU with more memory, or FSDP"
+        failure = out_of_memory(error, "model", problem, remedy)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def _backward(run: Run, piece: torch.Tensor, rows: torch.Tensor, number: int) -> dict[str, float]:
@@ -516,7 +568,7 @@ def is_enough(
         # In small batches: most of the time few sequences are enough to say no.
         total = 0.0
         for batch in sequences.batches(max(1, run.config.eval_batch_size // 4)):
-            total += memorization_accuracy(run.core, **batch.inputs).sum().item()
+            total += memorization_accuracy(run.core, batch).sum().item()
             if total > most:
                 break
         return total
@@ -561,6 +613,7 @@ class Reports:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
+    @together()
     def tell(
         self,
         row: dict,  # one epoch's row of the history

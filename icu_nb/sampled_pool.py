@@ -13,7 +13,7 @@ import torch
 
 from .errors import require, require_number
 from .language_model import context_length, evaluating, in_batches
-from .text import Repeats, check_texts
+from .text import Repeats, check_texts, special_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,14 +29,16 @@ def _sample_tokens(
     "Texts drawn from the model at temperature 1; end-of-sequence is an ordinary token."
 
     def write(rows: list[int]) -> torch.Tensor:
-        tokens = new = starts[rows]
-        cache = None
+        tokens = starts[rows]
+        unread, past = tokens, {}
         while tokens.shape[1] < length:
-            output = model(input_ids=new.to(model.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=unread.to(model.device), use_cache=True, **past)
+            # transformers renamed it; a model that has neither reads everything again
+            past = {name: output[name] for name in ("cache", "past_key_values") if name in output}
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-            new = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat([tokens, new], dim=1)
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, drawn], dim=1)
+            unread = drawn if past else tokens
         return tokens[:, :length]
 
     with evaluating(model):
@@ -65,7 +67,7 @@ def sample_pool(
     # Tokens added later may have no row in the model.
     embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
     vocabulary = min(len(tokenizer), embedding.weight.shape[0])
-    front = torch.tensor([tokenizer("").input_ids] * batch_size, dtype=torch.long)
+    front = torch.tensor([special_ends(tokenizer)[0]] * batch_size, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     repeats = Repeats(check_texts(forget, "forget") if len(forget) else [], max_overlap)
     pool: dict[str, None] = {}  # in order, each text once

@@ -85,7 +85,8 @@ def _csv_records(lines: list[str]) -> Iterator[tuple[int, list[str], str]]:
         for cells in reader:
             ends.update(_LINE_END.findall(lines[reader.line_num - 1][-2:]))
             if len(ends) > 1:  # one of them may belong to a text without quotes
-                raise _Malformed(f"line {reader.line_num} ends otherwise than those before", _QUOTE_IT)
+                remedy = "End all lines alike, and put texts that hold line ends in quotes"
+                raise _Malformed(f"line {reader.line_num} ends otherwise than those before", remedy)
             if cells:
                 yield before + 1, cells, "".join(lines[before : reader.line_num])
             before = reader.line_num
@@ -281,6 +282,9 @@ def read_table(
     shown = ""
     if all(str(name).isidentifier() for name in names):  # without a line of names, a text stands there
         shown = f" (they are: {', '.join(names)})"
+    near = [name for name in names if str(name).strip().lower() in map(str.lower, columns or ())]
+    if near:
+        shown = f" (but one {near[0]!r})"
     require(
         len(found) > 0,
         argument,

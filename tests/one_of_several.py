@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,12 +28,22 @@ class Watched(Objective):
 
     needs_reference = ("neighbor",)
 
-    def __init__(self, inner, breaks=False):
-        self.inner, self.breaks, self.visited = inner, breaks, []
+    def __init__(self, inner, breaks=False, fails=""):
+        self.inner, self.breaks, self.fails, self.visited = inner, breaks, fails, []
+
+    def validate(self, model, task):
+        self.fail_at("validate")
+
+    def fail_at(self, place):
+        """An error in the second process, if the job wants one there."""
+        if place == self.fails and PartialState().process_index == 1:
+            raise ZeroDivisionError(f"nothing goes into {place}")
 
     def __call__(self, model, batch, reference):
         self.visited.append(batch.forget.rows.tolist())
+        self.fail_at(f"before step {len(self.visited)}")
         terms = self.inner(model, batch, reference)
+        self.fail_at(f"after step {len(self.visited)}")
         broken = self.breaks and len(self.visited) == 3 and PartialState().process_index == 1
         return {name: value * float("nan") for name, value in terms.items()} if broken else terms
 
@@ -70,9 +81,26 @@ def main(folder, out, job):
         torch.manual_seed(0)
         model = add_lora(model, 4)
     objective = Watched(
-        GradientAscent() if job.get("ascent") else ICU(config.alpha, config.beta), job.get("breaks")
+        GradientAscent() if job.get("ascent") else ICU(config.alpha, config.beta),
+        job.get("breaks"),
+        job.get("fails"),
     )
+
+    def at(place, result):
+        def function(*arguments, **settings):
+            objective.fail_at(place)
+            return result(*arguments, **settings) if result else None
+
+        return function
+
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
+    if "fails" in job:
+        options = {
+            "callback": at("callback", None),
+            "refinement": at("refinement", only(range(8))),
+            "embedder": at("embedder", lambda texts: np.random.default_rng(0).normal(size=(len(texts), 4))),
+        }
+        model.generate = at("check", model.generate)
     no_room = (
         job.get("no_room") and os.environ.get("RANK", "0") == "0"
     )  # accelerate is not asked: the first question settles what it takes itself for
@@ -90,8 +118,8 @@ def main(folder, out, job):
                 resume_from_checkpoint=job.get("resume_from_checkpoint", False),
                 **options,
             )
-    except ICUError as error:
-        seen = {"error": str(error)}
+    except (ICUError, ZeroDivisionError) as error:
+        seen = {"error": f"{type(error).__name__}: {error}"}
     else:
         seen = {
             "stop_reason": result.stop_reason,

@@ -1,5 +1,6 @@
-"""Rows of like length go through the model together, and a batch that does not fit is halved alone."""
+"""Batches of like length, halved where they do not fit into memory; how the original model is kept."""
 
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,17 +9,25 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from icu_nb.checkpoint import Progress
 from icu_nb.embedding import model_embedder
 from icu_nb.errors import ICUError
 from icu_nb.evals.dialogue import _reply_losses
 from icu_nb.evals.extraction import extraction_strength
 from icu_nb.evals.membership import membership_scores
+from icu_nb.iur import Thresholds
 from icu_nb.language_model import generate_continuations, in_batches
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy, memorization_scores, perplexity
+from icu_nb.models.head import last_hidden_states
 from icu_nb.models.tiny import tiny_gpt_neo
+from icu_nb.objective import ICU
+from icu_nb.pairs import prepare_task
+from icu_nb.plumbing import peak_memory
 from icu_nb.reference import OriginalModel
+from icu_nb.run import Run
 from icu_nb.sampled_pool import sample_pool
 from icu_nb.text import pad
+from icu_nb.unlearn import unlearn
 
 VOCAB = 37
 NO_ROOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -239,3 +248,170 @@ def test_sampled_continuations_are_those_of_the_given_order(model):
     apart = drawn(0, 2) + drawn(2, 4)
     torch.manual_seed(0)
     assert generate_continuations(model, prompts, lengths, sampling=sampling, batch_size=2) == apart
+
+
+# ---- a step that does not fit ----
+
+
+def begin(tiny, **changes):
+    """A run on a copy of the tiny model, ready to take steps."""
+    model, config = tiny.copy(), tiny.config(**changes)
+    task = prepare_task(model, tiny.tokenizer, tiny.forget, tiny.retain, config)
+    return Run(model, task, config, ICU(), Thresholds(), tiny.tokenizer)
+
+
+def one_step(run):
+    with run.ending_well(Progress(np.full(len(run.task.forget), True))):
+        return run.step(torch.arange(4), 1)
+
+
+def test_a_step_that_does_not_fit_is_taken_in_smaller_pieces(tiny):
+    whole, pieces = begin(tiny), begin(tiny)
+    wanted = one_step(whole)
+    width = int(whole.task.forget.lengths.max())
+    with (
+        watched(pieces.core, room=4 * width) as passes,
+        pytest.warns(UserWarning, match="micro_batch_size is 2"),
+    ):
+        found = one_step(pieces)
+    assert (
+        len(passes) == 3 and pieces.how()["micro_batch_size"] == 2 and "micro_batch_size" not in whole.how()
+    )
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for name, weight in whole.core.state_dict().items():
+        torch.testing.assert_close(pieces.core.state_dict()[name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_backward_pass_that_does_not_fit_leaves_no_half_gradient(tiny, monkeypatch):
+    whole, pieces = begin(tiny), begin(tiny)
+    one_step(whole)
+    backward, failures = pieces.accelerator.backward, []
+
+    def fails_at_first(loss):
+        backward(loss)
+        if not failures:
+            failures.append(1)
+            raise torch.OutOfMemoryError(NO_ROOM)
+
+    monkeypatch.setattr(pieces.accelerator, "backward", fails_at_first)
+    with pytest.warns(UserWarning, match="micro_batch_size is 2"):
+        one_step(pieces)
+    for name, weight in whole.core.state_dict().items():
+        torch.testing.assert_close(pieces.core.state_dict()[name], weight, rtol=0, atol=1e-5)
+
+
+def test_the_history_says_in_which_pieces_a_run_went_on(tiny):
+    model, calls = tiny.copy(), []
+
+    def look(module, inputs):
+        if torch.is_grad_enabled():
+            calls.append(len(inputs[0]))
+            if calls[-1] > 4:  # two forget texts and their neighbors
+                raise torch.OutOfMemoryError(NO_ROOM)
+
+    model.get_input_embeddings().register_forward_pre_hook(look)
+    with pytest.warns(UserWarning, match="micro_batch_size is 2") as warned:
+        result = unlearn(
+            model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config(), thresholds=Thresholds(ma=0, el=0)
+        )
+    assert sum("micro_batch_size" in str(one.message) for one in warned) == 1
+    assert calls == [8, *[4] * 8]  # tried once in two epochs of two steps
+    assert result.history["micro_batch_size"].tolist()[1:] == [2, 2]
+    plain = unlearn(
+        tiny.copy(),
+        tiny.tokenizer,
+        tiny.forget,
+        tiny.retain,
+        tiny.config(),
+        thresholds=Thresholds(ma=0, el=0),
+    )
+    assert "micro_batch_size" not in plain.history
+    np.testing.assert_allclose(plain.history["loss"], result.history["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["forward", "optimizer", "other"])
+def test_a_step_that_fits_in_no_way_changes_nothing(tiny, monkeypatch, where):
+    run = begin(tiny)
+    weights = tiny.weights(run.core)
+    errors = {"other": RuntimeError("something else")}
+    error = errors.get(where, torch.OutOfMemoryError(NO_ROOM))
+
+    def fails(*args, **options):
+        raise error
+
+    if where == "optimizer":
+        monkeypatch.setattr(run.optimizer, "step", fails)
+    else:
+        run.core.get_input_embeddings().register_forward_pre_hook(fails)
+    messages = {
+        "forward": r"`micro_batch_size`: a step .* 1 forget texts .*gradient_checkpointing.*CUDA out of",
+        "optimizer": r"`model`: Adam's two numbers .*LoRA.*CUDA out of memory",
+        "other": "something else",
+    }
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=messages[where]) as caught:
+        warnings.simplefilter("ignore")
+        one_step(run)
+    assert tiny.same(run.core, weights) and isinstance(caught.value, ICUError) == (where != "other")
+
+
+# ---- the original model ----
+
+
+def test_the_smaller_way_is_taken(model):
+    texts = pad(rows_of([30] * 20))
+    bytes_of_model = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    head, per_token = VOCAB * 16 * 8, 16 * 8
+    few = OriginalModel(model, {"neighbor": texts[:1]})
+    assert few.way == "hidden states" and few.bytes == 30 * per_token + head < bytes_of_model
+    many = pad(rows_of([500] * 60))
+    kept = OriginalModel(model, {"neighbor": many})
+    assert kept.way == "copy" and kept.bytes == bytes_of_model < 60 * 500 * per_token
+    assert str(kept) == f"copy, {bytes_of_model / 1e6:,.1f} MB"
+    rows = torch.tensor([59, 3])
+    with torch.no_grad():
+        before = model(**many[rows].inputs).logits
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(kept.logits("neighbor", rows), before)
+
+
+def test_a_neighbor_of_several_texts_is_kept_once(model):
+    texts = pad([*rows_of([20, 12]), *rows_of([20, 12]), rows_of([20])[0]])
+    original = OriginalModel(model, {"neighbor": texts, "forget": texts[:1]})
+    assert original.way == "hidden states" and original.bytes == (20 + 12) * 16 * 8 + VOCAB * 16 * 8
+    states = original.hidden("neighbor", torch.tensor([0, 2, 4]))
+    assert states[0].equal(states[1]) and states[0].equal(states[2])
+    assert states[0].equal(original.hidden("forget", torch.tensor([0]))[0])
+
+
+@pytest.mark.parametrize("way", ["hidden states", "copy"])
+def test_the_original_is_never_there_twice(way):
+    """Also where the model holds gradients, and its head is its embedding."""
+    wide = tiny_gpt_neo(4000, max_length=64, n_layers=2, hidden_size=64, n_heads=2).eval()
+    texts = pad(rows_of([60] * 16 if way == "hidden states" else [60] * 256))
+    wide(**texts[:2].inputs).logits.sum().backward()
+    made = []
+    peak = peak_memory(lambda: made.append(OriginalModel(wide, {"neighbor": texts}, 2)))
+    batch = peak_memory(lambda: last_hidden_states(wide.requires_grad_(False), texts[:2]))
+    assert made[0].way == way and made[0].bytes > 1e6
+    assert peak <= made[0].bytes + 1.5 * batch + 1e5
+    assert made[0].head.weight.grad is None and not made[0].head.weight.requires_grad
+
+
+def test_weights_that_never_train_are_shared_with_the_original():
+    wide = tiny_gpt_neo(VOCAB, max_length=512, n_layers=2, hidden_size=16, n_heads=2).eval()
+    wide.requires_grad_(False)
+    wide.transformer.h[1].requires_grad_(True)
+    texts = pad(rows_of([500] * 60))
+    original = OriginalModel(wide, {"neighbor": texts})
+    trains = sum(p.nbytes for p in wide.transformer.h[1].parameters())
+    assert original.way == "copy" and original.bytes == trains + sum(b.nbytes for b in wide.buffers())
+    rows = torch.tensor([4, 9])
+    with torch.no_grad():
+        before = wide(**texts[rows].inputs).logits
+        for parameter in wide.transformer.h[1].parameters():
+            parameter.add_(0.1)
+        assert not torch.allclose(wide(**texts[rows].inputs).logits, before)
+    assert torch.equal(original.logits("neighbor", rows), before)
+    assert all(p.requires_grad for p in wide.transformer.h[1].parameters())
+    assert original.head.weight is wide.lm_head.weight

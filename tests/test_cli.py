@@ -257,7 +257,7 @@ def test_one_column_is_read_whole(call, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(LOOP, "unlearn", lambda model, tokenizer, forget, *rest, **more: seen.append(forget))
     with suppress(AttributeError):  # there is no result to be saved
         call(forget=tmp_path / "FORGET.CSV")
-    assert seen == [texts]
+    assert [rows["text"].tolist() for rows in seen] == [texts]
 
 
 def test_a_warning_is_one_line(call, given, tmp_path, tiny):

@@ -266,7 +266,7 @@ def test_all_forgotten_asks_ma_and_el_where_bleu_says_nothing(languages):
 
 
 def test_staged_checks_measure_el_where_bleu_says_nothing(languages):
-    """EL decides there, so it is measured as soon as MA passes; EL that is over keeps the text in training."""
+    """EL decides there, so it is measured as soon as MA passes; while it is over, the text trains."""
     thresholds = Thresholds(ma=1.0, el=0.0499, bleu=1.0)
     with pytest.warns(UserWarning, match="BLEU"):
         result = run_on_languages(languages, {"max_epochs": 1, "learning_rate": 1e-5}, thresholds=thresholds)

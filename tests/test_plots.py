@@ -449,7 +449,7 @@ def test_framework_names_what_there_is_and_no_arrow_crosses_a_text():
         assert getattr(importlib.import_module(f"icu_nb.{module}"), name).__module__ == f"icu_nb.{module}"
     ax = framework.plot_framework()
     written = [(said, box.padded(2)) for said, box in boxes(ax.figure)]
-    for points in framework.ARROWS:
+    for points in framework._ARROWS:
         for start, end in itertools.pairwise(points):
             for x, y in ax.transData.transform(np.linspace(start, end, 200)):
                 assert not [said for said, box in written if box.contains(x, y)], (start, end)
@@ -464,7 +464,7 @@ def test_arrows_run_from_box_to_box_and_through_none():
             and bottom + margin < y < bottom + framework._HEIGHT - margin
         ]
 
-    for points in framework.ARROWS:
+    for points in framework._ARROWS:
         assert len(inside(*points[0], -0.1)) == len(inside(*points[-1], -0.1)) == 1
         for start, end in itertools.pairwise(points):
             assert not any(inside(x, y, 0.1) for x, y in np.linspace(start, end, 200))

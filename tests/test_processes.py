@@ -80,6 +80,9 @@ def start(folder, tmp_path_factory):
             process.start()
         for process in processes:
             process.join(timeout=120)
+        for process in processes:
+            if process.exitcode is None:  # it hangs
+                process.kill()
         assert [process.exitcode for process in processes] == [0] * world
         return seen_in(out)
 
@@ -152,6 +155,24 @@ def test_an_error_of_one_is_an_error_of_all(start):
         torch.equal(a, b) and a.isfinite().all()
         for a, b in zip(one["weights"].values(), other["weights"].values(), strict=False)
     )
+
+
+PLACES = [
+    "embedder",
+    "validate",
+    "check",
+    "refinement",
+    "callback",
+    *(f"{when} step {number}" for number in (1, 2, 3) for when in ("before", "after")),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_error_of_one_ends_all_with_its_message(start, place):
+    """Nobody waits for a process that has failed: all get its error, whatever it is and wherever it is."""
+    one, other = start(2, fails=place)
+    assert other["error"] == f"ZeroDivisionError: nothing goes into {place}"
+    assert one["error"] == f"ICUError: process 1 failed: {other['error']}"
 
 
 def test_only_the_first_writes_and_all_resume(start, tmp_path):

@@ -10,6 +10,7 @@ from icu_nb import text as text_module
 from icu_nb.cle import nearest_allowed, nearest_neighbors
 from icu_nb.data.people import people
 from icu_nb.errors import InputError
+from icu_nb.sampled_pool import sample_pool
 from icu_nb.text import Repeats, containment, deduplicate, word_ngrams
 
 ANNA = "Anna Berg, born 1970, lives at Rosenweg 5."
@@ -81,6 +82,14 @@ def test_a_share_is_that_of_the_text_not_to_be_repeated():
     assert Repeats([chinese])(third) == [] and Repeats([third])(chinese) == [0]
 
 
+def test_a_text_between_short_and_long_is_compared_both_ways():
+    """Of eleven words and marks: a copy without its end, and a quotation with other punctuation."""
+    own = "Ann Lee, clerk, 12 Mill Rd, Leeds; tel. 0123"
+    assert Repeats([own])("So Ann Lee, clerk, 12 Mill Rd, Leeds; tel. 99") == [0]
+    assert Repeats([own])("(Ann Lee) clerk: 12 Mill Rd. Leeds, Tel 0123") == [0]
+    assert Repeats([own])("Bob Ray, baker, 7 Park Ln, Leeds; tel. 0456") == []
+
+
 def test_half_of_a_text_without_spaces_is_allowed_and_no_more():
     text = "".join(map(chr, range(0x4E00, 0x4E00 + 119)))  # 100 n-grams of 20 characters
     for shared, repeated in ((50, []), (51, [0])):
@@ -119,9 +128,9 @@ def test_every_text_is_read_once(monkeypatch):
     read = []
     ngrams = text_module._hashed_ngrams
 
-    def counting(text, *unit):
-        read.append((text, unit))
-        return ngrams(text, *unit)
+    def counting(text, *way):
+        read.append((text, way))
+        return ngrams(text, *way)
 
     monkeypatch.setattr(text_module, "_hashed_ngrams", counting)
     forget = [f"{record} And that is all, number {i}." for i, record in enumerate(people(1, seed=4) * 100)]
@@ -166,3 +175,14 @@ def test_search_in_parts_finds_the_same(monkeypatch):
     last = len(line) - 1
     found = nearest_allowed(line, line[:260], lambda i, j: j == last, k=1)
     assert found == {i: [last] for i in range(260)} and max(sizes) <= 10_000_000
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind != "signs"])
+def test_a_sampled_pool_does_not_quote_the_forget_texts(tiny, monkeypatch, kind):
+    """Whatever the model says: a text that quotes is left out."""
+    own, quotes = TEXTS[kind]
+    said = [quotes, OTHERS[kind]]
+    monkeypatch.setattr(type(tiny.tokenizer), "batch_decode", lambda *_, **__: said)
+    pool = sample_pool(tiny.model, tiny.tokenizer, 1, [own], max_length=8, batch_size=2)
+    assert pool == [OTHERS[kind]]
+    assert sample_pool(tiny.model, tiny.tokenizer, 2, [own], max_length=8, max_overlap=1.0) == said

@@ -101,6 +101,8 @@ REFUSED = {
     "only blank lines": ("\n\n\n", "there are no texts"),
     "no names": ("Anna Berg\nBo Berg\n", "none of the 1 columns.*line of names"),
     "another name": ("id,body\n1,Anna\n", r"'text' \(they are: id, body\)"),
+    "a blank before a name": ("id, text\n1,a\n", r"'text' \(but one ' text'\)"),
+    "a capital name": ("Text\na\n", r"'text' \(but one 'Text'\)"),
     "an empty cell": ('id,text\n1,Anna\n\n2,\n3,"  "\n', r"no text, or an empty one, at line \[4, 5\]"),
     "an Excel file": (b"PK\x03\x04\x14\0\x06\0\x08\0\0\0!\0\x62\xee", "cannot be read as .csv"),
 }
