@@ -127,7 +127,8 @@ def extraction_likelihood(
     *,
     prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    start: int | None = None,  # first offset, behind the prompt if there is one; None: 3/4 of the length, or 0
+    start: int
+    | None = None,  # first offset, behind the prompt if there is one; None: 3/4 of the length, or 0
     batch_size: int = 32,  # sequences of the longest length per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "EL_n: the share of n-grams of the true rest in greedy continuations, averaged over where they begin."
