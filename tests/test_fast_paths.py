@@ -963,6 +963,7 @@ def test_texts_are_tokenized_once(tiny, monkeypatch):
         ),
     )
     prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config())
+    read = [text for text in read if text != "a"]  # what shows where a tokenizer puts BOS and EOS
     assert all(read.count(text) == 1 for text in [*tiny.forget, *tiny.retain]) and len(read) == 2 * (
         len(tiny.forget) + len(tiny.retain)
     )
