@@ -38,7 +38,7 @@ from .errors import ICUError, InputError, first_line, require
 from .iur import Thresholds
 from .language_model import weights_digest
 from .pairs import Task
-from .plumbing import atomic_path, write_json
+from .plumbing import atomic_path, together, write_json
 from .result import Log
 from .text import Sequences
 
@@ -259,6 +259,7 @@ class Checkpoints:
         self.good: Path | None = None  # the one that the run stands on
 
     @classmethod
+    @together()
     def open(
         cls,
         checkpoint_dir: str | Path | None,  # see `unlearn`
@@ -431,6 +432,7 @@ class Progress:
         if error:
             raise error
 
+    @together()
     def load(
         self,
         run: "Run",  # what the loop works with, as it was at the beginning

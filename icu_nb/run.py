@@ -613,6 +613,7 @@ class Reports:
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
+    @together()
     def tell(
         self,
         row: dict,  # one epoch's row of the history

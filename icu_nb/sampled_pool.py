@@ -29,14 +29,16 @@ def _sample_tokens(
     "Texts drawn from the model at temperature 1; end-of-sequence is an ordinary token."
 
     def write(rows: list[int]) -> torch.Tensor:
-        tokens = new = starts[rows]
-        cache = None
+        tokens = starts[rows]
+        unread, past = tokens, {}
         while tokens.shape[1] < length:
-            output = model(input_ids=new.to(model.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=unread.to(model.device), use_cache=True, **past)
+            # transformers renamed it; a model that has neither reads everything again
+            past = {name: output[name] for name in ("cache", "past_key_values") if name in output}
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-            new = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat([tokens, new], dim=1)
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat([tokens, drawn], dim=1)
+            unread = drawn if past else tokens
         return tokens[:, :length]
 
     with evaluating(model):

@@ -393,18 +393,19 @@ def _characters(text: str) -> str:
     return "".join(_folded(text).split())
 
 
-def _unit(text: str) -> tuple[Callable[[str], Sequence], int]:
-    "By what a text is compared: n-grams of words or of letters, and their n."
-    letters = _letters(text)
+def _ways(text: str) -> Iterator[tuple[Callable[[str], Sequence], int]]:
+    "By what a text is compared: n-grams of words, of letters or of both, and their n."
+    letters, units = _letters(text), _words(text)
     if not letters:
-        return _characters, min(20, len(_characters(text)))
-    if 2 * len(_WITHOUT_SPACES.findall(letters)) > len(letters):
-        return _letters, min(20, len(letters))
-    units = _words(text)
-    words = sum(unit[0].isalnum() for unit in units)
-    if len(units) < 10 or (words < 10 and len(letters) <= 60):  # about ten words
-        return _letters, min(60, len(letters))
-    return _words, 10
+        yield _characters, min(20, len(_characters(text)))
+    elif 2 * len(_WITHOUT_SPACES.findall(letters)) > len(letters):
+        yield _letters, min(20, len(letters))
+    else:
+        if len(units) >= 10:
+            yield _words, 10
+        words = sum(unit[0].isalnum() for unit in units)
+        if len(units) < 10 or (words < 10 and len(letters) <= 60):  # about ten words
+            yield _letters, min(60, len(letters))
 
 
 def _hashed_ngrams(text: str, split: Callable[[str], Sequence], n: int) -> np.ndarray:
@@ -422,22 +423,26 @@ class Repeats:
         texts: Sequence[str],  # that must not be repeated
         max_overlap: float = 0.5,  # the share of a text's n-grams that another one may hold; 1.0: all
     ):
-        self._max_overlap = max_overlap
-        self._sizes = np.ones(len(texts))  # n-grams of each text
-        rows = defaultdict(list)
+        ways = defaultdict(list)
         for row, text in enumerate(texts if max_overlap < 1 else ()):
-            rows[_unit(text)].append(row)
-        self._hashes = {}  # unit -> hashes in order, and where they begin in `_owners`
-        owners = [np.empty(0, dtype=np.int64)]
-        for unit, members in rows.items():
-            hashes = [_hashed_ngrams(texts[row], *unit) for row in members]
-            self._sizes[members] = [max(len(own), 1) for own in hashes]
-            owner = np.repeat(members, [len(own) for own in hashes])
+            for way in _ways(text):
+                ways[way].append(row)
+        rows, sizes, owners = [], [], [np.empty(0, dtype=np.int64)]
+        self._hashes = {}  # way -> hashes in order, and where they begin in `_owners`
+        for way, members in ways.items():
+            hashes = [_hashed_ngrams(texts[row], *way) for row in members]
             flat = np.concatenate(hashes)
             order = flat.argsort()
-            self._hashes[unit] = flat[order], sum(map(len, owners))
-            owners.append(owner[order])
-        self._owners = np.concatenate(owners)
+            entries = np.repeat(np.arange(len(members)) + len(rows), [len(own) for own in hashes])
+            self._hashes[way] = flat[order], sum(map(len, owners))
+            owners.append(entries[order])
+            rows += members
+            sizes += [max(len(own), 1) for own in hashes]
+        self._owners = np.concatenate(owners)  # the entry of each hash
+        self._rows = np.array(rows, dtype=np.int64)  # the text of each entry
+        self._sizes = np.array(sizes, dtype=np.int64)  # its n-grams
+        self._count = len(texts)
+        self._max_overlap = max_overlap
 
     def __call__(
         self,
@@ -449,8 +454,8 @@ class Repeats:
     def _places(self, text: str) -> np.ndarray:
         "Where in `_owners` the n-grams of a text stand."
         places = [np.empty(0, dtype=np.int64)]
-        for unit, (hashes, begin) in self._hashes.items():
-            own = _hashed_ngrams(text, *unit)
+        for way, (hashes, begin) in self._hashes.items():
+            own = _hashed_ngrams(text, *way)
             left, right = np.searchsorted(hashes, own), np.searchsorted(hashes, own, side="right")
             found = left < right
             places += map(np.arange, begin + left[found], begin + right[found])
@@ -459,7 +464,9 @@ class Repeats:
     def _repeated(self, places: np.ndarray) -> np.ndarray:
         "Bool [n]: for which texts these n-grams are too large a share."
         shared = np.bincount(self._owners[places], minlength=len(self._sizes))
-        return shared / self._sizes > self._max_overlap
+        repeated = np.zeros(self._count, dtype=bool)
+        repeated[self._rows[shared / self._sizes > self._max_overlap]] = True
+        return repeated
 
 # %% ../nbs/library/text.ipynb #9a1c4ddb
 def deduplicate(

@@ -132,6 +132,13 @@ def _next_epoch(
         _warn_of_undefined_bleu(run, progress.log.bleu_undefined())
     return row
 
+
+@together()
+def _call_back(callback: Callable | None, model: Any, row: dict) -> None:
+    "Show the user's function the row of an epoch; what it returns is added to it."
+    if callback is not None:
+        row.update(callback(model, row) or {})
+
 # %% ../nbs/learn/07_the_loop.ipynb #19440261
 @refuses_old_names
 def unlearn(
@@ -165,21 +172,17 @@ def unlearn(
     # The first process decides for all: others might round otherwise.
     task, thresholds = broadcast_object_list([task, thresholds])
     identity = partial(run_identity, model, task, config, thresholds, plugs)
-    with together():
-        checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
+    checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
     progress = Progress(np.full(len(task.forget), True))
     run = Run(
         model, task, config, objective, thresholds, tokenizer, refinement, scorer, report_to, checkpoint_dir
     )
     with run.ending_well(progress):
-        with together():
-            progress.load(run, checkpoints, resume_from_checkpoint)
+        progress.load(run, checkpoints, resume_from_checkpoint)
         with Reports(run, report_to, progress.epoch) as reports:
             while progress.reason is None:
                 row = _next_epoch(run, progress)
-                with together():
-                    row.update(callback(model, row) or {} if callback else {})
+                _call_back(callback, model, row)
                 progress.save(run, checkpoints)
-                with together():
-                    reports.tell(row)
+                reports.tell(row)
     return run.result(model, progress, names_of(**plugs))

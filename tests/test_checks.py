@@ -87,12 +87,12 @@ def checked(tiny):
         this = Run(model, task, config, ICU(), thresholds, tiny.tokenizer, refinement)
         counted = Counted(this.core)
         found = how(this)
-        runs.append((this, model))
+        runs.append(this)
         return found, counted.tokens / int(tiny.sequences.lengths.sum())
 
     yield check
-    for this, model in runs:
-        this.close(model)
+    for this in runs:
+        this.close()
 
 
 def test_far_from_the_goal_a_check_is_one_forward_pass(tiny, checked):
@@ -273,7 +273,7 @@ def made_up(tiny, monkeypatch):
         model = tiny.copy()
         this = Run(model, task, config, ICU(), thresholds, tiny.tokenizer, refinement)
         this.asked = []
-        runs.append((this, model))
+        runs.append(this)
 
         def rows_of(sequences):
             return [row[0] + 300 * row[-1] for row in sequences.tokens()]
@@ -295,8 +295,8 @@ def made_up(tiny, monkeypatch):
         return this
 
     yield make
-    for this, model in runs:
-        this.close(model)
+    for this in runs:
+        this.close()
 
 
 LIMITS = Thresholds(ma=0.3, el=0.1)

@@ -267,6 +267,8 @@ def _lora_config(model: "PreTrainedModel", rank: int | bool) -> "LoraConfig":
     rank = require_number("lora", rank, 1, whole=True, otherwise="True, a peft.LoraConfig, or ")
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's matrices
     settings: dict[str, Any] = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", "fan_in_fan_out": transposed}
+    if any(name.endswith(".conv1d") for name, _ in model.named_modules()):
+        settings["exclude_modules"] = ["out_proj"]  # Mamba's fast kernels read its weight past the adapter
     return LoraConfig(r=rank, lora_alpha=2 * rank, **settings)
 
 
@@ -299,7 +301,10 @@ def add_lora(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that is about to be renamed
         warnings.filterwarnings("ignore", message=_TIED)
-        adapted = get_peft_model(model, config).eval()
+        try:
+            adapted = get_peft_model(model, config).eval()
+        except ValueError as error:
+            raise InputError(f"`lora`: {first_line(error)}") from error
     try:
         merge_lora(adapted, copy_to="meta")
     except InputError:

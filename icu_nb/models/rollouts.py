@@ -196,7 +196,7 @@ def _copies_are_exact(
     name: str,  # what it calls its cache
 ) -> bool:
     "Whether copied prefixes of three tokens and of one give the next token the logits that it has."
-    batch = pad([[0, 1, 2, 3]]).to(model.device)
+    batch = pad([[1, 2, 3, 4]]).to(model.device)
     whole = model(**batch.inputs, use_cache=True)
     own = getattr(whole, name, None)
     if type(own) is not DynamicCache or {type(layer) for layer in own.layers} - _PLAIN_LAYERS:
