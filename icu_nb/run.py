@@ -399,7 +399,7 @@ def _add_gradients(run: Run, rows: torch.Tensor, number: int) -> list[dict[str, 
         release_memory()  # out here the error holds its tensors no more
         run.micro_batch_size = smaller
         warnings.warn(
-            f"A step did not fit into memory: from now on micro_batch_size is {smaller}; the steps are the same.",
+            f"A step did not fit into memory: from now on micro_batch_size is {smaller}, for the same steps.",
             stacklevel=6,
         )
 
