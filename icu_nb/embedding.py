@@ -172,7 +172,7 @@ def second_half(
     "An embedder that sees the second half of every text only, as in the paper (tokens 100 to 200 of 200)."
 
     def embed(texts: list[str]) -> np.ndarray:
-        rows = tokenizer(list(texts))["input_ids"]
+        rows = tokenize(texts, tokenizer, special_tokens="front").tokens()
         return embedder([tokenizer.decode(row[len(row) // 2 :]) for row in rows])
 
     return embed

@@ -13,7 +13,7 @@ import torch
 
 from .errors import require, require_number
 from .language_model import context_length, evaluating, in_batches
-from .text import Repeats, check_texts
+from .text import Repeats, check_texts, special_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +67,7 @@ def sample_pool(
     # Tokens added later may have no row in the model.
     embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
     vocabulary = min(len(tokenizer), embedding.weight.shape[0])
-    front = torch.tensor([tokenizer("").input_ids] * batch_size, dtype=torch.long)
+    front = torch.tensor([special_ends(tokenizer)[0]] * batch_size, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     repeats = Repeats(check_texts(forget, "forget") if len(forget) else [], max_overlap)
     pool: dict[str, None] = {}  # in order, each text once

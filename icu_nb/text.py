@@ -427,7 +427,9 @@ class Repeats:
         for row, text in enumerate(texts if max_overlap < 1 else ()):
             for way in _ways(text):
                 ways[way].append(row)
-        rows, sizes, owners = [], [], [np.empty(0, dtype=np.int64)]
+        rows: list[int] = []
+        sizes: list[int] = []
+        owners = [np.empty(0, dtype=np.int64)]
         self._hashes = {}  # way -> hashes in order, and where they begin in `_owners`
         for way, members in ways.items():
             hashes = [_hashed_ngrams(texts[row], *way) for row in members]

@@ -97,7 +97,7 @@ def checked(tiny):
 
 def test_far_from_the_goal_a_check_is_one_forward_pass(tiny, checked):
     scores, passes = checked(FAR)
-    assert passes == 1 and scores["ma"].mean() > 0.9
+    assert 1 <= passes < 1.2 and scores["ma"].mean() > 0.9
     assert scores[["el", "bleu", "bert_f1", "entropy", "distinct", "continuation"]].isna().all(axis=None)
     assert scores["check"].tolist() == ["staged"] * 8
 
@@ -287,8 +287,8 @@ def made_up(tiny, monkeypatch):
             others = {"entropy": math.nan, "distinct": math.nan, "continuation": None}
             return pd.DataFrame({"id": rows, **values, **others})
 
-        def accuracy(model, **batch):
-            return torch.from_numpy(ma[(batch["input_ids"][:, 0] + 300 * batch["input_ids"][:, -1]).tolist()])
+        def accuracy(model, sequences):
+            return torch.from_numpy(ma[rows_of(sequences)])
 
         monkeypatch.setattr(icu_nb.run, "score_forget_set", scored)
         monkeypatch.setattr(icu_nb.run, "memorization_accuracy", accuracy)

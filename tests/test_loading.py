@@ -515,7 +515,7 @@ def test_an_architecture_that_peft_has_no_default_for():
 
 @pytest.mark.parametrize("lora", [0, -1, False, 1.5, "q_proj", [8]])
 def test_impossible_ranks(lora):
-    with pytest.raises(InputError, match=r"`lora`.*no rank.*LoraConfig"):
+    with pytest.raises(InputError, match=r"`lora`.*whole number.*LoraConfig"):
         add_lora(build("gpt_neo", 300), lora)
 
 
@@ -648,3 +648,22 @@ def test_the_parts_of_an_estimate():
         estimate_memory(config, batch_size=4)["activations"] < full["activations"]
         and estimate_memory(config, n_neighbors=2)["activations"] > full["activations"]
     )
+
+
+def test_below_an_adapter_a_gpu_keeps_the_16_bits_of_a_checkpoint(tiny, tmp_path, monkeypatch):
+    """All else is loaded in 32 bits; no GPU is needed to see it."""
+    tiny.copy().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    base = "base_model.model.transformer.wte.weight"
+    on_cpu, _ = load_model(tmp_path, device="cpu", lora=4)
+    assert dict(on_cpu.named_parameters())[base].dtype == torch.float32
+    monkeypatch.setattr("icu_nb.models.loading._check_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("transformers.PreTrainedModel.to", lambda model, device: model)
+    on_gpu, _ = load_model(tmp_path, lora=4)
+    for name, parameter in on_gpu.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    assert load_model(tmp_path)[0].dtype == torch.float32
+    config = on_gpu.config
+    by_device = [estimate_memory(config, 4, device=device)["weights"] for device in ("cuda", "cpu")]
+    assert by_device[0] / by_device[1] == pytest.approx(0.5, abs=0.1)
+    assert estimate_memory(on_gpu)["weights"] == by_device[0]

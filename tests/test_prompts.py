@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -19,7 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from icu_nb.cli import main
 from icu_nb.config import ICUConfig
 from icu_nb.data.people import people
+from icu_nb.embedding import second_half
 from icu_nb.errors import InputError
+from icu_nb.evals.extraction import extract, extract_secrets
 from icu_nb.examples import Examples
 from icu_nb.iur import Thresholds, calibrate_thresholds
 from icu_nb.language_model import mean_token_nll, predicted_positions, token_losses
@@ -28,6 +31,7 @@ from icu_nb.metrics import extraction_likelihood, memorization_accuracy, memoriz
 from icu_nb.models.loading import add_lora
 from icu_nb.pairs import prepare_task
 from icu_nb.reference import OriginalModel
+from icu_nb.tables import read_table
 from icu_nb.text import el_positions, prompt_suffix, special_ends, tokenize
 from icu_nb.unlearn import unlearn
 
@@ -627,3 +631,94 @@ def test_files_of_questions_and_answers_in_the_shell(chat, tmp_path, capsys):
         shared = ["--heldout", f"{tmp_path}/forget.jsonl", "--out", f"{tmp_path}/shared"]
         main(["--model", f"{tmp_path}/model", *files[:4], *shared])
     assert "--heldout: 6 of its texts also stand in --forget" in capsys.readouterr().err
+
+
+# ---- real questions ----
+
+
+@pytest.fixture(scope="module")
+def tofu(shared_data):
+    """Sixteen of TOFU's authors' questions, and a tiny Llama that has learned the answers."""
+    folder = Path(shared_data) / "tofu"
+    if not (folder / "forget01.json").exists():
+        pytest.skip("TOFU's files are not in the data folder")
+    forget = read_table(folder / "forget01.json").iloc[:8].to_dict("records")
+    retain = read_table(folder / "retain90.json").iloc[:24].to_dict("records")
+    texts = [text for row in [*forget, *retain] for text in row.values()]
+    bpe = ByteLevelBPETokenizer()
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    bpe.train_from_iterator(texts, vocab_size=600, special_tokens=special, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = CHATML
+    model = tiny_llama(1, len(tokenizer))
+    known = Examples.read([*forget, *retain[:16]], tokenizer).sequences
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    for _ in range(90):
+        for batch in known.batches(12):
+            loss = mean_token_nll(model(**batch.inputs).logits, **batch.inputs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval(), tokenizer, forget, retain[:16], retain[16:]
+
+
+def test_answers_of_tofu_are_forgotten(tofu):
+    model, tokenizer, forget, retain, heldout = tofu
+    settings = dataclasses.replace(SMALL, max_length=120, max_epochs=12, check_steps=1)
+    sequences = Examples.read(forget, tokenizer, max_length=120).sequences
+    before = memorization_accuracy(model, sequences).mean().item()
+    result = unlearn(model, tokenizer, forget, retain, settings, heldout=heldout)
+    assert before > 0.9 and result.stop_reason == "thresholds"
+    assert memorization_accuracy(model, sequences).mean() <= result.thresholds.ma < 0.6
+    exact = copy.deepcopy(model).double()
+    some = sequences[:2]
+    slow = [
+        slow_scores(exact, row, int(prompt), 4, None)
+        for row, prompt in zip(some.rows, some.prompt_lengths, strict=True)
+    ]
+    found = torch.stack(memorization_scores(exact, some, n=4)).T
+    assert torch.allclose(found, torch.tensor(slow, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_a_check_between_steps_counts_answers_only(chat, monkeypatch):
+    """`check_steps` asks for MA alone, of the answers as the check after the epoch does."""
+    model, tokenizer, forget, retain, _ = chat
+    counted = []
+
+    def watched(model, input_ids, *rest, **options):
+        counted.append(input_ids.prompt_lengths.min().item())
+        return memorization_accuracy(model, input_ids, *rest, **options)
+
+    monkeypatch.setattr("icu_nb.run.memorization_accuracy", watched)
+    settings = dataclasses.replace(SMALL, max_epochs=1, check_steps=1)
+    unlearn(copy.deepcopy(model), tokenizer, forget, retain, settings, thresholds=Thresholds(ma=0.5))
+    assert counted and min(counted) > 0
+
+
+@pytest.mark.parametrize("habit", ["eos", "both"])
+def test_prompts_and_second_halves_end_without_eos(habit):
+    """A model that reads EOS has nothing more to say."""
+    tokenizer = tokenizer_with(habit)
+    seen = []
+
+    def embedder(texts):
+        seen.extend(texts)
+        return np.eye(len(texts), dtype=np.float32)
+
+    prepare_task(tiny_llama(), tokenizer, TEXTS[:4], TEXTS[4:8], SMALL, embedder)
+    second_half(embedder, tokenizer)(TEXTS[:4])
+    assert len(seen) == 12 and not any("</s>" in text or "<s>" in text for text in seen)
+    front, _ = special_ends(tokenizer)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "icu_nb.evals.extraction.generate_continuations",
+            lambda model, prompts, lengths, **options: (
+                asked.extend(prompts) or [[5] * length for length in lengths]
+            ),
+        )
+        extract_secrets(tiny_llama(), tokenizer, [("The phone of Anna is", " 555-0199")])
+        extract(tiny_llama(), tokenizer, tokenize(TEXTS[:1], tokenizer, 40))
+    assert [row[: len(front)] for row in asked] == [front] * 2 and not any(2 in row for row in asked)

@@ -45,8 +45,8 @@ def memorization_measures(
     sequences: Sequences,  # texts, as tokens
 ) -> dict[str, np.ndarray]:  # MA, EL, ES: [n] each
     "Memorization accuracy, extraction likelihood and extraction strength of every text."
-    accuracy, likelihood = memorization_scores(model, **sequences.inputs)
-    strength = extraction_strength(model, **sequences.inputs)
+    accuracy, likelihood = memorization_scores(model, sequences)
+    strength = extraction_strength(model, sequences)
     return {"MA": accuracy.numpy(), "EL": likelihood.numpy(), "ES": strength.numpy()}
 
 # %% ../../nbs/library/evals/audit.ipynb #30943cc6

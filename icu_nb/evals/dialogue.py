@@ -21,7 +21,7 @@ from icu_nb.language_model import (
     in_batches,
     token_losses,
 )
-from ..text import pad, pad_id
+from ..text import pad, pad_id, tokenize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -131,9 +131,10 @@ def dialogue_scores(
     width = int(min(max_length, context_length(model)))
     _check_dialogues(dialogues, max_new_tokens, width)
     truths = [_clean_turn(turns[-1]) for turns in dialogues]
-    prompts = tokenizer([_dialogue_prompt(turns[:-1]) for turns in dialogues])["input_ids"]
-    true_tokens = tokenizer([f" {truth}" for truth in truths], add_special_tokens=False)["input_ids"]
-    true_tokens = [tokens[: width // 2] for tokens in true_tokens]
+    questions = [_dialogue_prompt(turns[:-1]) for turns in dialogues]
+    prompts = tokenize(questions, tokenizer, special_tokens="front").tokens()
+    replies = [f" {truth}" for truth in truths]
+    true_tokens = tokenize(replies, tokenizer, width // 2, special_tokens="none").tokens()
     with evaluating(model):
         written = generate_continuations(
             model,

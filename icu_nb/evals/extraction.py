@@ -8,6 +8,7 @@ __all__ = ['PROMPTS', 'extraction_strength', 'extract', 'best_of', 'secret_promp
 # %% ../../nbs/library/evals/extraction.ipynb #09c00004
 import random
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from .people_questions import find_facts
 from ..language_model import context_length, evaluating, generate_continuations, in_batches
 from ..models.rollouts import greedy_pass
 from ..plumbing import require_package
-from ..text import Sequences, pad_id, real_tokens
+from ..text import Sequences, pad_id, real_tokens, special_ends, tokenize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,7 +39,7 @@ def _strength(
 # %% ../../nbs/library/evals/extraction.ipynb #09c00011
 def extraction_strength(
     model: "PreTrainedModel | PeftModel",  # a causal LM
-    input_ids: torch.Tensor,  # LongTensor [n, T]
+    input_ids: torch.Tensor | Sequences,  # LongTensor [n, T], or the sequences themselves
     attention_mask: torch.Tensor | None = None,  # [n, T], padding on either side; None: no padding
     *,
     batch_size: int = 32,  # sequences of the longest length per forward pass
@@ -49,7 +50,9 @@ def extraction_strength(
     def measure(rows: list[int]) -> list[float]:
         batch = sequences[rows].to(model.device)
         hits = (greedy_pass(model, batch)[0] == batch.input_ids)[:, 1:].cpu().numpy()
-        return [_strength(row[: n - 1]) for row, n in zip(hits, batch.lengths.tolist(), strict=True)]
+        first = (batch.prompt_lengths - 1).clamp(min=0).tolist()
+        counted = zip(hits, first, batch.lengths.tolist(), strict=True)
+        return [_strength(row[begin : n - 1]) for row, begin, n in counted]
 
     with evaluating(model):
         scores = in_batches(measure, sequences.lengths.tolist(), batch_size, model)
@@ -98,6 +101,9 @@ PROMPTS = {  # where a prompt begins and ends, in eighths of the text
 def _attack_prompts(
     sequences: Sequences,  # n texts of 8 tokens or more
     prompt: str = "window",  # a key of `PROMPTS`
+    front: Sequence[
+        int
+    ] = (),  # what the tokenizer puts in front of texts (BOS): it stands in front here, too
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:  # prompts, targets, tokens between the two
     "What the attacker shows, and what he wants."
     require(prompt in PROMPTS, "prompt", f"{prompt!r} is not known", f"Known: {', '.join(PROMPTS)}")
@@ -110,7 +116,11 @@ def _attack_prompts(
         "Leave them out: there is no half, quarter and eighth to take",
     )
     begin, end = PROMPTS[prompt]
-    prompts = [row[begin * len(row) // 8 : end * len(row) // 8] for row in tokens]
+    kept = [list(front) if row[: len(front)] == list(front) else [] for row in tokens]
+    prompts = [
+        own + row[max(begin * len(row) // 8, len(own)) : end * len(row) // 8]
+        for own, row in zip(kept, tokens, strict=True)
+    ]
     targets = [row[3 * len(row) // 4 :] for row in tokens]
     gaps = [3 * len(row) // 4 - end * len(row) // 8 for row in tokens]
     return prompts, targets, gaps
@@ -135,7 +145,7 @@ def extract(
     batch_size: int = 128,  # continuations at a time
 ) -> pd.DataFrame:  # a row per text and continuation: id, sample, verbatim, substring, edit, continuation
     "Ask for the last quarter of every text, and compare."
-    prompts, targets, gaps = _attack_prompts(sequences, prompt)
+    prompts, targets, gaps = _attack_prompts(sequences, prompt, special_ends(tokenizer)[0])
     times = max(samples, 1)
     lengths = [gap + len(target) for gap, target in zip(gaps, targets, strict=True)]
     with evaluating(model), torch.random.fork_rng():
@@ -194,9 +204,9 @@ def extract_secrets(
     batch_size: int = 128,  # prompts at a time
 ) -> pd.DataFrame:  # a row per pair: verbatim, substring, edit, continuation
     "Does the model write the secret? A prompt that is too long loses its beginning."
-    secrets = [tokenizer(secret, add_special_tokens=False)["input_ids"] for _, secret in pairs]
+    secrets = tokenize((secret for _, secret in pairs), tokenizer, special_tokens="none").tokens()
     room = context_length(model) - max(map(len, secrets), default=0)
-    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
+    prompts = tokenize((prompt for prompt, _ in pairs), tokenizer, special_tokens="front").tokens()
     prompts = [row if len(row) <= room else row[-int(room) :] for row in prompts]
     with evaluating(model):
         written = generate_continuations(

@@ -20,7 +20,7 @@ import pandas as pd
 from ..errors import ICUError, require
 from ..language_model import context_length, evaluating, generate_continuations, weights_digest
 from ..plumbing import cache_dir, require_package, write_json
-from ..text import pad_id
+from ..text import pad_id, tokenize
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -157,7 +157,8 @@ class LocalJudge:
     ) -> list[int]:  # tokens
         "Both messages, in the model's chat template where it has one."
         if not self.tokenizer.chat_template:
-            return self.tokenizer(f"{instructions}\n\n{message}\n\n")["input_ids"]
+            text = f"{instructions}\n\n{message}\n\n"
+            return tokenize([text], self.tokenizer, special_tokens="front").tokens()[0]
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": message}]
         filled: Any = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True

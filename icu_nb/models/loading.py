@@ -186,7 +186,7 @@ def load_model(
     revision: str | None = None,  # a branch, tag or commit of the Hub repository; None: main
     trust_remote_code: bool = False,  # run Python code that the repository brings; read it first
     lora: "LoraConfig | int | bool | None" = None,  # see `add_lora`; None: all weights train
-) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":  # fp32 weights, evaluation mode
+) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":  # weights that train: fp32
     "Any Hugging Face causal LM with its tokenizer; weights from safetensors only."
     device = _check_device(device)
     source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -195,9 +195,17 @@ def load_model(
             commit = extract_commit_hash(cached_file(name, "config.json", revision=source["revision"]), None)
             config = AutoConfig.from_pretrained(name, **source)
             _check_kind(name, config)
+            # Frozen weights, below an adapter, stay as they are where the arithmetic has 16 bits anyway.
+            frozen_on_gpu = lora is not None and lora is not False and device.type == "cuda"
+            in_16_bits = frozen_on_gpu and config.dtype in (torch.float16, torch.bfloat16)
+            dtype = config.dtype if in_16_bits else torch.float32
             tokenizer = AutoTokenizer.from_pretrained(name, **source)
             model, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **source
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **source,
             )
             _check_loaded(name, model.eval(), tokenizer, sorted(report["missing_keys"]))
     except InputError:
@@ -370,12 +378,12 @@ def merge_lora(
     if not hasattr(model, "merge_and_unload"):
         return model
     try:
-        model = model if copy_to is None else _copied(model, copy_to)
-        _separate_tied(model.get_base_model())
+        adapted: Any = model if copy_to is None else _copied(model, copy_to)
+        _separate_tied(adapted.get_base_model())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_TIED)
-            tied = model.get_base_model().config.tie_word_embeddings
-            plain = model.merge_and_unload()
+            tied = adapted.config.tie_word_embeddings
+            plain = adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
         raise InputError(
             f"`lora`: this adapter cannot be merged with the weights ({first_line(error)}), so the model"

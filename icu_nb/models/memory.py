@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 def _without_weights(
     config: "PretrainedConfig",  # a transformers configuration
     lora: "LoraConfig | int | bool | None" = None,  # see `add_lora`
+    dtype: torch.dtype = torch.float32,  # of the weights; an adapter is fp32
 ) -> "PreTrainedModel | PeftModel":  # on the meta device
     "A model of which only the shapes exist."
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if lora is None or lora is False:
             return model
         return add_lora(model, lora)
@@ -83,6 +84,11 @@ def fuse_activations(
     return written_out
 
 # %% ../../nbs/library/models/memory.ipynb #f306175c
+def _weight_bytes(model: "PreTrainedModel | PeftModel") -> int:
+    "What the weights take in a run: frozen ones as they are, and those that train in 32 bits."
+    return sum(4 * p.numel() if p.requires_grad else p.nbytes for p in model.parameters())
+
+
 def estimate_memory(
     model: "PretrainedConfig | PreTrainedModel | PeftModel",  # as it would be trained
     lora: "LoraConfig | int | bool | None" = None,  # see `add_lora`; None: a configuration's weights train
@@ -96,27 +102,29 @@ def estimate_memory(
     str, int
 ]:  # bytes: weights, optimizer, original, gradients, activations; total (the larger of the two)
     "The peak memory of a step of `unlearn`, from shapes alone; for models whose head is one linear layer."
+    on_gpu = torch.device(device).type == "cuda"
     if not isinstance(model, torch.nn.Module):
-        model = _without_weights(model, lora)
+        in_16_bits = lora and on_gpu and model.dtype in (torch.float16, torch.bfloat16)  # as `load_model`
+        model = _without_weights(model, lora, model.dtype if in_16_bits else torch.float32)
     elif lora:
-        model = _without_weights(model.config, lora)
+        model = _without_weights(model.config, lora, model.dtype)
     counts, base = parameter_counts(model), without_adapter(model)
     output_head = base.get_output_embeddings()
     V, H = output_head.weight.shape
     trains = output_head.weight.requires_grad
-    on_gpu = torch.device(device).type == "cuda"
     neighbors = batch_size * n_neighbors * max_length  # tokens
     tokens = batch_size * max_length + neighbors
     head = 4 * V * H if trains else 0
     chunk = 4 * 4 * V * min(neighbors, chunk_length(output_head, torch.device(device).type))
     matrices = [*_inner_matrices(base), output_head]
-    copies = 2 * sum(module.weight.numel() for module in matrices) if on_gpu else 0  # in 16 bits
+    in_32_bits = [module for module in matrices if module.weight.dtype == torch.float32]
+    copies = 2 * sum(module.weight.numel() for module in in_32_bits) if on_gpu else 0  # in 16 bits
     per_token = _layer_bytes(base, max_length, trains, 2 if on_gpu else 4)
     layers = base.config.get_text_config().num_hidden_layers * tokens * per_token
     buffers = sum(buffer.nbytes for buffer in base.buffers())
     states, copy = 4 * n_forget * n_neighbors * max_length * H, 4 * counts["trainable"] + buffers
     items = {
-        "weights": 4 * counts["total"] + buffers,
+        "weights": _weight_bytes(model) + buffers,
         "optimizer": 8 * counts["trainable"],
         "original": min(states + head, copy) if trains else 0,
         "gradients": 4 * counts["trainable"] + head,

@@ -237,7 +237,7 @@ class LocalFiles:
         "The texts, one behind the other, cut into blocks."
         tokens = []
         for file in self.paths():
-            for row in tokenizer(read_texts(file))["input_ids"]:
+            for row in tokenize(read_texts(file), tokenizer, special_tokens="front").tokens():
                 tokens += [*row, tokenizer.eos_token_id]
         return tokenizer.batch_decode([tokens[i : i + max_length] for i in range(0, len(tokens), max_length)])
 

@@ -36,11 +36,10 @@ def token_probabilities(
         "it does not say which characters a token stands for",
         "Load the fast version, AutoTokenizer.from_pretrained(..., use_fast=True)",
     )
-    encoded = tokenizer(
-        text, truncation=max_length is not None, max_length=max_length, return_offsets_mapping=True
-    )
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    tokens, offsets = (encoded[name][:max_length] for name in ("input_ids", "offset_mapping"))
     # The second token of a character ends where the first did.
-    ends = np.maximum.accumulate([end for _, end in encoded["offset_mapping"]]).tolist()
+    ends = np.maximum.accumulate([end for _, end in offsets]).tolist()
     longest = context_length(model)
     require(
         1 < len(ends) <= longest,
@@ -48,7 +47,7 @@ def token_probabilities(
         f"it has {len(ends)} tokens",
         f"Give 2 to {longest} tokens, or set max_length",
     )
-    probability, greedy = _score_tokens(model, encoded["input_ids"])
+    probability, greedy = _score_tokens(model, tokens)
     pieces = [text[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return pd.DataFrame({"token": pieces, "probability": [np.nan, *probability], "greedy": [False, *greedy]})
 
