@@ -124,8 +124,8 @@ def test_2_the_original_fits():
     def kept(n, length, width, vocabulary):
         return 4 * (n * length * width + width * vocabulary)
 
-    reference = OriginalModel(random_model(length=20), {"neighbor": pad(random_ids(12, 20).tolist())})
-    assert reference.bytes == kept(12, 20, 16, 50)
+    reference = OriginalModel(random_model(length=20), {"neighbor": pad(random_ids(8, 20).tolist())})
+    assert reference.bytes == kept(8, 20, 16, 50)
     assert reference.whole is None
     probabilities = 4 * 128 * 200 * 50257
     assert round(probabilities / 2**30, 2) == 4.79
