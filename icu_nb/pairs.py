@@ -67,6 +67,14 @@ def check_fit(
         "none of its parameters is trainable",
         "Set requires_grad on those that shall change",
     )
+    # RWKV divides weights of late layers at its first evaluation, and a loaded copy would do it once more.
+    every = getattr(model.config, "rescale_every", 0)
+    require(
+        not 0 < every < getattr(model.config, "num_hidden_layers", 0),
+        "model",
+        "it rescales its weights in evaluation mode, so what is saved would not be what was unlearned",
+        "Load it with load_model, or set model.config.rescale_every = 0 right after loading",
+    )
     if tokenizer.pad_token_id is None:
         warnings.warn(
             f"The tokenizer has no pad token; {tokenizer.eos_token!r} (end of sequence) fills the padding,"

@@ -81,6 +81,11 @@ def check_environment(
 _WRAPPERS = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
+def _is_in_shards(model: torch.nn.Module) -> bool:
+    "Whether FSDP has cut the weights."
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def _remember_modules(model: torch.nn.Module) -> Callable[[], None]:
     "A function that puts back mode, wrappers and hooks of each module."
     given = []
@@ -90,7 +95,7 @@ def _remember_modules(model: torch.nn.Module) -> Callable[[], None]:
         given.append((module, module.training, wrappers, hooks))
 
     def put_back() -> None:
-        in_shards = any(isinstance(p, DTensor) for p in model.parameters())
+        in_shards = _is_in_shards(model)
         for module, training, wrappers, hooks in given:
             module.training = training
             if in_shards:
@@ -123,8 +128,9 @@ def _remember_random_state() -> Callable[[], None]:
 
 
 def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], None]:
-    "A function that puts back what trains and how the model generates; gradients are None then."
+    "A function that puts back what trains, the dtype of all else, and how the model generates."
     trains = [(p, p.requires_grad) for p in model.parameters()]
+    dtypes = [(p, p.dtype) for p in [*model.parameters(), *model.buffers()] if not p.requires_grad]
     owner: Any = without_adapter(model)
     settings = owner.generation_config
 
@@ -133,6 +139,9 @@ def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], Non
         for parameter, flag in trains:
             parameter.requires_grad_(flag)
             parameter.grad = None
+        for tensor, dtype in dtypes:
+            if tensor.dtype != dtype and not _is_in_shards(model):
+                tensor.data = tensor.data.to(dtype)
 
     return put_back
 
@@ -192,10 +201,13 @@ def _prepared(accelerator: Accelerator, model, config: ICUConfig) -> tuple[Any, 
 
 
 def _widen(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
-    "Weights that train get 32 bits; frozen ones stay as they are, unless the run computes in 32 bits."
-    all_of_them = arithmetic.name == "fp32"
-    tensors = [p for p in model.parameters() if p.requires_grad or all_of_them]
-    if all_of_them:
+    "Weights that train get 32 bits; frozen matrices stay as they are, unless the run computes in 32 bits."
+    tensors = []
+    for p in model.parameters():
+        # Vectors are small, and a norm on a CPU takes none of 16 bits beside activations of 32.
+        if p.requires_grad or p.ndim < 2 or arithmetic.name == "fp32":
+            tensors.append(p)
+    if arithmetic.name == "fp32":
         tensors += model.buffers()
     for tensor in tensors:
         if tensor.is_floating_point():

@@ -196,6 +196,7 @@ def snapshot(model):
         "numpy": repr(np.random.get_state()),
         "torch": torch.get_rng_state().tolist(),
         "devices": {p.device for p in model.parameters()},
+        "frozen": [p.dtype for p in [*model.parameters(), *model.buffers()] if not p.requires_grad],
     }
 
 
@@ -343,17 +344,30 @@ def test_the_base_below_an_adapter_keeps_its_dtype(tiny):
 
 
 def test_frozen_weights_without_an_adapter_keep_it_too(tiny):
-    model = tiny.copy().to(torch.bfloat16).requires_grad_(False)
-    model.transformer.h[1].requires_grad_(True)
-    run(tiny, model)
-    for name, dtype in dtypes(model).items():
-        assert dtype == (torch.float32 if ".h.1." in name else torch.bfloat16)
+    """Whichever they are: a norm of 16 bits beside activations of 32, which CPUs refuse, is widened."""
+    for trains in (".h.1.", ".h.0.", "mlp", "ln_"):
+        model = tiny.copy().to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trains in name)
+        before = tiny.weights(model)
+        run(tiny, model)
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.float32 if trains in name else torch.bfloat16)
+            assert trains in name or torch.equal(parameter, before[name])
 
 
 def test_who_asks_for_32_bits_gets_them_everywhere(tiny):
+    """While it runs; frozen weights come back as they were."""
+    seen = {}
+
+    def look(model, row):
+        seen.update(dtypes(model))
+
     model = add_lora(tiny.copy().to(torch.bfloat16), 4)
-    result = run(tiny, model, precision="fp32")
-    assert set(dtypes(model).values()) == {torch.float32} and set(result.history.arithmetic) == {"fp32"}
+    result = run(tiny, model, precision="fp32", callback=look)
+    assert set(seen.values()) == {torch.float32} and set(result.history.arithmetic) == {"fp32"}
+    for name, dtype in dtypes(model).items():
+        assert dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
 
 
 def watch(monkeypatch, target, name, seen):

@@ -207,6 +207,8 @@ def load_model(
                 output_loading_info=True,
                 **source,
             )
+            if hasattr(model.config, "rescale_every"):  # RWKV's guard of fp16; it changes weights for good
+                model.config.rescale_every = 0
             _check_loaded(name, model.eval(), tokenizer, sorted(report["missing_keys"]))
     except InputError:
         raise
