@@ -441,7 +441,7 @@ def _step_of_adam(run: Run) -> None:
         if not should_reduce_batch_size(error):
             raise
         raise ICUError(
-            "`model`: Adam's two numbers per trained weight do not fit into memory; the weights are as before."
+            "`model`: Adam's two numbers per weight do not fit into memory; the weights are as before."
             " Train a LoRA adapter (`add_lora`, `--lora`), or use a GPU with more memory, or FSDP."
             f" The original error: {first_line(error)}"
         ) from error

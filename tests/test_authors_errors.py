@@ -38,7 +38,7 @@ def counted(model):
 
 def random_model(seed=0, length=200, vocabulary=50):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,
             n_embd=16,
@@ -49,6 +49,9 @@ def random_model(seed=0, length=200, vocabulary=50):
             eos_token_id=0,
         )
     ).eval()
+    memorization_accuracy(model, torch.tensor([[0, 1]]))  # what is tried out once per model ...
+    extraction_likelihood(model, torch.tensor([[0, 1, 2, 3]]), n=1)  # ... goes by itself
+    return model
 
 
 def random_ids(n, length=200, vocabulary=50):
