@@ -130,7 +130,9 @@ def _remember_random_state() -> Callable[[], None]:
 def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], None]:
     "A function that puts back what trains, the dtype of all else, and how the model generates."
     trains = [(p, p.requires_grad) for p in model.parameters()]
-    dtypes = [(p, p.dtype) for p in [*model.parameters(), *model.buffers()] if not p.requires_grad]
+    dtypes = []
+    if hasattr(model, "disable_adapter"):  # without one, a model of two dtypes could not be used any more
+        dtypes = [(p, p.dtype) for p in [*model.parameters(), *model.buffers()] if not p.requires_grad]
     owner: Any = without_adapter(model)
     settings = owner.generation_config
 
@@ -201,16 +203,10 @@ def _prepared(accelerator: Accelerator, model, config: ICUConfig) -> tuple[Any, 
 
 
 def _widen(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
-    "Weights that train get 32 bits; frozen matrices stay as they are, unless the run computes in 32 bits."
-    tensors = []
-    for p in model.parameters():
-        # Vectors are small, and a norm on a CPU takes none of 16 bits beside activations of 32.
-        if p.requires_grad or p.ndim < 2 or arithmetic.name == "fp32":
-            tensors.append(p)
-    if arithmetic.name == "fp32":
-        tensors += model.buffers()
-    for tensor in tensors:
-        if tensor.is_floating_point():
+    "Weights get 32 bits; those below an adapter stay as they are, unless the run computes in 32 bits."
+    stays = hasattr(model, "disable_adapter") and arithmetic.name != "fp32"
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and (tensor.requires_grad or not stays):
             tensor.data = tensor.data.float()
 
 
