@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from datasets.fingerprint import Hasher
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -139,6 +138,8 @@ def names_of(
 
 def _state_of(name: str, plug: Any) -> str:
     "A hash of what a plug brings along (arguments, fields, closure), the same in every process."
+    from datasets.fingerprint import Hasher  # here: it takes a second, and few runs need it
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickling
