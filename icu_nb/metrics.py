@@ -127,9 +127,8 @@ def extraction_likelihood(
     *,
     prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    # First offset; None: 3/4 of the real length (150 of 200 in ICU; KUMPR: 1). Where there is a prompt it is
-    # counted from behind it, and None is the answer's first token.
-    start: int | None = None,
+    start: int
+    | None = None,  # first offset, behind the prompt if there is one; None: 3/4 of the length, or 0
     batch_size: int = 32,  # sequences of the longest length per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "EL_n: the share of n-grams of the true rest in greedy continuations, averaged over where they begin."

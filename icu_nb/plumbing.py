@@ -87,6 +87,12 @@ class Arithmetic:
             "fp16 needs a GPU, and the model is on the " + kind.upper(),
             'Use "bf16" or "fp32"',
         )
+        require(
+            precision != "bf16" or kind == "cuda" or not _has_weights(model, torch.float16),
+            "precision",
+            "the weights are fp16, which only a GPU mixes with bf16",
+            'Use "fp32", or load the model in fp32 or bf16',
+        )
         return cls(precision or _usual_precision(model, kind), kind)
 
     def autocast(self) -> torch.autocast:
@@ -102,11 +108,16 @@ def _usual_precision(model: torch.nn.Module, device_type: str) -> str:
         return "fp32"
     if device_type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    parameters = list(model.parameters())
-    frozen_in_16_bits = any(p.dtype == torch.bfloat16 and not p.requires_grad for p in parameters)
-    large = sum(p.numel() for p in parameters) >= _PARAMETERS_FOR_BF16
-    fast = device_type == "cpu" and large and _has_native_bf16()
-    return "bf16" if frozen_in_16_bits or fast else "fp32"
+    if _has_weights(model, torch.float16):
+        return "fp32"
+    if hasattr(model, "disable_adapter") and _has_weights(model, torch.bfloat16):
+        return "bf16"
+    large = sum(p.numel() for p in model.parameters()) >= _PARAMETERS_FOR_BF16
+    return "bf16" if large and device_type == "cpu" and _has_native_bf16() else "fp32"
+
+
+def _has_weights(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    return any(p.dtype == dtype for p in model.parameters())
 
 # %% ../nbs/library/plumbing.ipynb #5c80afd1
 @contextmanager

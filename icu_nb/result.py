@@ -139,8 +139,8 @@ This model was made from {origin} by making it forget {n} texts with
 
 ## What was unlearned
 
-{n} texts, which are not shown here. `icu_result.json` holds the SHA-256 of each; whoever has a text can check
-whether it was among them.
+{n} texts, which are not shown here. `icu_result.json` holds the SHA-256 of each, of a question and its answer
+joined by NUL; whoever has a text can check whether it was among them.
 
 ## How
 
@@ -203,7 +203,7 @@ class UnlearnResult:
     message: str  # the stop reason as a sentence; given empty, it is filled in
     reference: str  # how the original model was kept, and in how much memory
     tokenizer: "PreTrainedTokenizerBase"  # the model's tokenizer
-    hashes: list[str]  # SHA-256 of each forget text
+    hashes: list[str]  # SHA-256 of each forget text; of a prompt and its answer, joined by NUL
     plugs: dict[str, str]  # names of objective, refinement and encoder
     source: dict  # name and commit of the original model, from `source_of`
     # Where processes hold shards of the model: all of it, on the first one's CPU.

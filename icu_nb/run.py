@@ -23,7 +23,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
-from accelerate.utils.memory import release_memory
+from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -31,9 +31,9 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Progress
 from .config import ICUConfig
-from .errors import NonFinite, require
+from .errors import ICUError, NonFinite, first_line, require
 from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
-from .language_model import out_of_memory, without_adapter
+from .language_model import without_adapter
 from .metrics import memorization_accuracy
 from .models.loading import merge_lora, source_of
 from .models.memory import fuse_activations, recompute_layers
@@ -81,6 +81,11 @@ def check_environment(
 _WRAPPERS = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
+def _is_in_shards(model: torch.nn.Module) -> bool:
+    "Whether FSDP has cut the weights."
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def _remember_modules(model: torch.nn.Module) -> Callable[[], None]:
     "A function that puts back mode, wrappers and hooks of each module."
     given = []
@@ -90,7 +95,7 @@ def _remember_modules(model: torch.nn.Module) -> Callable[[], None]:
         given.append((module, module.training, wrappers, hooks))
 
     def put_back() -> None:
-        in_shards = any(isinstance(p, DTensor) for p in model.parameters())
+        in_shards = _is_in_shards(model)
         for module, training, wrappers, hooks in given:
             module.training = training
             if in_shards:
@@ -123,8 +128,11 @@ def _remember_random_state() -> Callable[[], None]:
 
 
 def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], None]:
-    "A function that puts back what trains and how the model generates; gradients are None then."
+    "A function that puts back what trains, the dtype of all else, and how the model generates."
     trains = [(p, p.requires_grad) for p in model.parameters()]
+    dtypes = []
+    if hasattr(model, "disable_adapter"):  # without one, a model of two dtypes could not be used any more
+        dtypes = [(p, p.dtype) for p in [*model.parameters(), *model.buffers()] if not p.requires_grad]
     owner: Any = without_adapter(model)
     settings = owner.generation_config
 
@@ -133,6 +141,9 @@ def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], Non
         for parameter, flag in trains:
             parameter.requires_grad_(flag)
             parameter.grad = None
+        for tensor, dtype in dtypes:
+            if tensor.dtype != dtype and not _is_in_shards(model):
+                tensor.data = tensor.data.to(dtype)
 
     return put_back
 
@@ -192,13 +203,10 @@ def _prepared(accelerator: Accelerator, model, config: ICUConfig) -> tuple[Any, 
 
 
 def _widen(model: torch.nn.Module, arithmetic: Arithmetic) -> None:
-    "Weights that train get 32 bits; frozen ones stay as they are, unless the run computes in 32 bits."
-    all_of_them = arithmetic.name == "fp32"
-    tensors = [p for p in model.parameters() if p.requires_grad or all_of_them]
-    if all_of_them:
-        tensors += model.buffers()
-    for tensor in tensors:
-        if tensor.is_floating_point():
+    "Weights get 32 bits; those below an adapter stay as they are, unless the run computes in 32 bits."
+    stays = hasattr(model, "disable_adapter") and arithmetic.name != "fp32"
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() and (tensor.requires_grad or not stays):
             tensor.data = tensor.data.float()
 
 
@@ -399,24 +407,26 @@ def _add_gradients(run: Run, rows: torch.Tensor, number: int) -> list[dict[str, 
         release_memory()  # out here the error holds its tensors no more
         run.micro_batch_size = smaller
         warnings.warn(
-            f"A step did not fit into memory: from now on micro_batch_size is {smaller}; the steps are the same.",
+            f"A step did not fit into memory: from now on micro_batch_size is {smaller}, for the same steps.",
             stacklevel=6,
         )
 
 
 def _smaller_pieces(run: Run, size: int, error: RuntimeError) -> int:
     "Half of the size that did not fit; or the error, where it is another one or halves do not help."
-    problem = f"a step does not fit into memory with {size} forget texts and their neighbors at a time"
-    remedy = "Set gradient_checkpointing=True or a smaller max_length, or train a LoRA adapter"
-    alone = run.world == 1 and run.accelerator.distributed_type != DistributedType.DEEPSPEED
-    if size > 1 and not alone:  # the processes would have to agree on it
-        remedy = f"Set it to {size // 2}. {remedy}"
-    failure = out_of_memory(error, "micro_batch_size", f"{problem}; the weights are as before it", remedy)
-    if failure is None:
+    if not should_reduce_batch_size(error):
         raise error
-    if size == 1 or not alone:
-        raise failure from error
-    return (size + 1) // 2
+    # The processes would have to agree on it, and DeepSpeed takes a step after every piece.
+    alone = run.world == 1 and run.accelerator.distributed_type != DistributedType.DEEPSPEED
+    if size > 1 and alone:
+        return (size + 1) // 2
+    remedy = "Set gradient_checkpointing=True or a smaller max_length, or train a LoRA adapter"
+    if size > 1:
+        remedy = f"Set it to {size // 2}. {remedy}"
+    raise ICUError(
+        f"`micro_batch_size`: a step does not fit into memory with {size} forget texts and their neighbors at"
+        f" a time; the weights are as before it. {remedy}. The original error: {first_line(error)}"
+    ) from error
 
 
 def _step_of_adam(run: Run) -> None:
@@ -424,12 +434,13 @@ def _step_of_adam(run: Run) -> None:
     try:
         run.optimizer.step()
     except RuntimeError as error:
-        problem = "Adam's two numbers per trained weight do not fit into memory; the weights are as before"
-        remedy = "Train a LoRA adapter (`add_lora`, `--lora`), or use a GPU with more memory, or FSDP"
-        failure = out_of_memory(error, "model", problem, remedy)
-        if failure is None:
+        if not should_reduce_batch_size(error):
             raise
-        raise failure from error
+        raise ICUError(
+            "`model`: Adam's two numbers per weight do not fit into memory; the weights are as before."
+            " Train a LoRA adapter (`add_lora`, `--lora`), or use a GPU with more memory, or FSDP."
+            f" The original error: {first_line(error)}"
+        ) from error
 
 
 def _backward(run: Run, piece: torch.Tensor, rows: torch.Tensor, number: int) -> dict[str, float]:

@@ -144,17 +144,17 @@ def _call_back(callback: Callable | None, model: Any, row: dict) -> None:
 def unlearn(
     model: "PreTrainedModel | PeftModel",  # a causal LM, with or without a LoRA adapter; changed in place
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    forget: Any,  # texts to unlearn: strings, or a Dataset or data frame with a `text` or `input_ids` column
-    retain: Any,  # texts that may stay, in which neighbors are looked for: the same forms
+    forget: Any,  # what to unlearn: texts, tokens or prompts with answers, as `icu_nb.examples` reads them
+    retain: Any,  # what may stay, in which neighbors are looked for: the same forms
     config: ICUConfig = ICUConfig(),  # the settings
     *,
-    heldout: Any = None,  # texts of the same kind, never seen by the model: they give the thresholds
+    heldout: Any = None,  # the same kind as `forget`, never seen by the model: gives the thresholds
     thresholds: Thresholds | None = None,  # instead of `heldout`; neither: the published ones, with a warning
     objective: Objective | Callable | None = None,  # (model, batch, reference) -> named terms; None: `ICU`
     refinement: Callable | None = select_icu,  # (scores, thresholds) -> which texts train next; None: all
     neighbors: Any = None,  # ready pairs: integers [n, k], indices into `retain`; None: the nearest texts
     callback: Callable | None = None,  # (model, row) after every row of the history; a dict is added to it
-    alternatives: Any = None,  # a text per forget text to say instead, for objectives that ask for it (DPO)
+    alternatives: Any = None,  # for each of `forget` what to say instead; objectives ask for it (DPO)
     embedder: str | Path | Callable | None = None,  # an encoder, or texts -> [n, D]; None: the model itself
     encoder: str | Path | None = None,  # name or folder of an encoder for BERTScore; None: BLEU alone
     checkpoint_dir: str | Path | None = None,  # a folder for checkpoints, at most two at a time

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 import icu_nb.metrics
 import icu_nb.plumbing
 from icu_nb.embedding import model_embedder
+from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds, calibrate_thresholds
 from icu_nb.language_model import evaluating
 from icu_nb.models.head import linear_head
@@ -196,6 +197,7 @@ def snapshot(model):
         "numpy": repr(np.random.get_state()),
         "torch": torch.get_rng_state().tolist(),
         "devices": {p.device for p in model.parameters()},
+        "dtypes": {p.dtype for p in model.parameters()},
     }
 
 
@@ -342,18 +344,42 @@ def test_the_base_below_an_adapter_keeps_its_dtype(tiny):
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[1]
 
 
-def test_frozen_weights_without_an_adapter_keep_it_too(tiny):
+def test_without_an_adapter_all_weights_are_of_one_dtype(tiny):
+    """Frozen ones, too: a model of two dtypes could not be used afterwards."""
     model = tiny.copy().to(torch.bfloat16).requires_grad_(False)
     model.transformer.h[1].requires_grad_(True)
-    run(tiny, model)
-    for name, dtype in dtypes(model).items():
-        assert dtype == (torch.float32 if ".h.1." in name else torch.bfloat16)
+    for _ in range(2):
+        run(tiny, model)
+        assert set(dtypes(model).values()) == {torch.float32}
+    assert model(tiny.sequences.input_ids).logits.dtype == torch.float32
+
+
+def test_an_adapter_whose_base_is_fp16(tiny):
+    """CPUs mix fp16 with nothing: the base is fp32 while it runs."""
+    seen, model = {}, add_lora(tiny.copy().to(torch.float16), 4)
+
+    def look(model, row):
+        seen.update(dtypes(model))
+
+    result = run(tiny, model, callback=look)
+    assert set(result.history.arithmetic) == {"fp32"} and set(seen.values()) == {torch.float32}
+    assert set(dtypes(model).values()) == {torch.float32, torch.float16}
+    with pytest.raises(InputError, match=r"`precision`.*fp16"):
+        run(tiny, model, precision="bf16")
 
 
 def test_who_asks_for_32_bits_gets_them_everywhere(tiny):
+    """While it runs; frozen weights come back as they were."""
+    seen = {}
+
+    def look(model, row):
+        seen.update(dtypes(model))
+
     model = add_lora(tiny.copy().to(torch.bfloat16), 4)
-    result = run(tiny, model, precision="fp32")
-    assert set(dtypes(model).values()) == {torch.float32} and set(result.history.arithmetic) == {"fp32"}
+    result = run(tiny, model, precision="fp32", callback=look)
+    assert set(seen.values()) == {torch.float32} and set(result.history.arithmetic) == {"fp32"}
+    for name, dtype in dtypes(model).items():
+        assert dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
 
 
 def watch(monkeypatch, target, name, seen):

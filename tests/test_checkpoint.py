@@ -26,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 import icu_nb.checkpoint
-from icu_nb.checkpoint import CheckpointError, Checkpoints
+from icu_nb.checkpoint import Checkpoints, _CheckpointError
 from icu_nb.config import ICUConfig
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
@@ -215,7 +215,7 @@ def test_thresholds_may_be_rounded_otherwise(tiny, tmp_path):
     resumed = run(tiny, tmp_path, thresholds=now, max_epochs=2, resume_from_checkpoint=True)
     assert resumed.thresholds == began and resumed.history.epoch.max() == 2
     for other in (replace(began, ma=0.31), replace(began, bleu=0.011)):
-        with pytest.raises(CheckpointError, match=r"another run: (ma|bleu) was"):
+        with pytest.raises(_CheckpointError, match=r"another run: (ma|bleu) was"):
             run(tiny, tmp_path, thresholds=other, resume_from_checkpoint=True)
 
 
@@ -289,7 +289,7 @@ def test_an_adapter_is_all_that_is_kept(tiny, tmp_path):
     assert_same_run(
         run(tiny, tmp_path, model=adapted(1), resume_from_checkpoint=True), whole
     )  # whatever the new adapter began with
-    with pytest.raises(CheckpointError, match="add the adapter that the run began with"):
+    with pytest.raises(_CheckpointError, match="add the adapter that the run began with"):
         run(tiny, tmp_path, model=add_lora(tiny.copy(), 8), resume_from_checkpoint=True)
 
 
@@ -357,7 +357,7 @@ def test_another_run_is_refused(tiny, folder, words):
     before, changes = content(folder), OTHERS[words](tiny)
     model = changes.pop("model", None) or tiny.copy()
     weights = tiny.weights(model)
-    with pytest.raises(CheckpointError, match="another run") as error:
+    with pytest.raises(_CheckpointError, match="another run") as error:
         run(tiny, folder, model=model, resume_from_checkpoint=True, **changes)
     assert words in str(error.value) and content(folder) == before and tiny.same(model, weights)
 
@@ -370,13 +370,13 @@ def test_an_old_checkpoint_is_refused_in_one_line(tiny, folder):
         stored["config"]["lr"] = stored["config"].pop("learning_rate")
         stored["config"]["seq_len"] = stored["config"].pop("max_length")
         path.write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match="epoch-00005 was written by another version") as error:
+    with pytest.raises(_CheckpointError, match="epoch-00005 was written by another version") as error:
         run(tiny, folder, resume_from_checkpoint=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 def test_other_texts_are_refused(tiny, folder):
-    with pytest.raises(CheckpointError, match="`forget` is another one"):
+    with pytest.raises(_CheckpointError, match="`forget` is another one"):
         unlearn(
             tiny.copy(),
             tiny.tokenizer,
@@ -413,7 +413,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_good(tiny, folder, undisturbed, damage):
     DAMAGES[damage](folder / "epoch-00005")
-    with pytest.raises(CheckpointError, match=r"epoch-00005 .*Delete it to resume from epoch-00004"):
+    with pytest.raises(_CheckpointError, match=r"epoch-00005 .*Delete it to resume from epoch-00004"):
         run(tiny, folder, resume_from_checkpoint=True)
     shutil.rmtree(folder / "epoch-00005")
     assert_same_run(run(tiny, folder, resume_from_checkpoint=True), undisturbed)
@@ -468,7 +468,7 @@ def test_a_full_disk_leaves_the_good_checkpoint(tiny, tmp_path, undisturbed):
 
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(CheckpointError, match=r"epoch 3 cannot be written.*epoch-00002 is still good"),
+        pytest.raises(_CheckpointError, match=r"epoch 3 cannot be written.*epoch-00002 is still good"),
     ):
         patch.setattr(Checkpoints, "save", save)
         try:
@@ -493,7 +493,7 @@ def test_each_call_fails_in_turn(tmp_path, error):
     while True:
         with pytest.MonkeyPatch.context() as patch:
             calls = fail_at(patch, fails_at, error)
-            with suppress(CheckpointError, KeyboardInterrupt):
+            with suppress(_CheckpointError, KeyboardInterrupt):
                 checkpoints.save(3, {"epoch": 3, **SMALL})
         if calls[0] <= fails_at:  # there was no such call: all of them have failed once
             break
@@ -579,7 +579,7 @@ def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(_CheckpointError, match="cannot be written"):
         run(tiny, tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -659,7 +659,7 @@ def test_a_run_is_the_same_in_every_process(tmp_path):
 
 def test_other_arguments_are_refused(tiny, tmp_path):
     run(tiny, tmp_path, objective=partial(weighted, 0.5), max_epochs=1)
-    with pytest.raises(CheckpointError, match="`objective` has other arguments") as error:
+    with pytest.raises(_CheckpointError, match="`objective` has other arguments") as error:
         run(tiny, tmp_path, objective=partial(weighted, 0.25), resume_from_checkpoint=True)
     assert "\n" not in str(error.value)
     run(tiny, tmp_path, objective=partial(weighted, 0.5), resume_from_checkpoint=True)

@@ -651,11 +651,11 @@ def test_small_weights_survive_sixteen_bits():
     assert (found - plain).norm() < 0.01 * plain.norm()
 
 
-def a_model(millions, device="cpu", dtype=torch.float32, frozen=False):
+def a_model(millions, device="cpu", dtype=torch.float32):
     """Something of that size, of which nothing is allocated."""
     model = torch.nn.Linear(1000, 1000 * millions, bias=False, device="meta", dtype=dtype)
     model.device = torch.device(device)
-    return model.requires_grad_(not frozen)
+    return model
 
 
 @pytest.mark.parametrize("native, expected", [(True, "bf16"), (False, "fp16")])
@@ -679,8 +679,10 @@ def test_the_arithmetic_of_a_cpu(monkeypatch, native, millions, expected):
     assert Arithmetic.of(a_model(millions), "fp32").name == "fp32"
     assert Arithmetic.of(a_model(millions), "bf16").name == "bf16"
     assert Arithmetic.of(a_model(millions, "mps")).name == "fp32"
-    frozen = a_model(millions, dtype=torch.bfloat16, frozen=True)
-    assert Arithmetic.of(frozen).name == "bf16"
+    assert Arithmetic.of(a_model(millions, dtype=torch.float16)).name == "fp32"
+    adapted = a_model(millions, dtype=torch.bfloat16)
+    adapted.disable_adapter = None  # what peft's models have
+    assert Arithmetic.of(adapted).name == "bf16"
     with pytest.raises(InputError, match="`precision`"):
         Arithmetic.of(a_model(millions), "fp16")
 
@@ -961,6 +963,7 @@ def test_texts_are_tokenized_once(tiny, monkeypatch):
         ),
     )
     prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, tiny.config())
+    read = [text for text in read if text != "a"]  # what shows where a tokenizer puts BOS and EOS
     assert all(read.count(text) == 1 for text in [*tiny.forget, *tiny.retain]) and len(read) == 2 * (
         len(tiny.forget) + len(tiny.retain)
     )

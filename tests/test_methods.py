@@ -10,11 +10,11 @@ import torch
 from test_fast_paths import VOCAB, build, gradients, sequences, shake
 from torch.nn.functional import logsigmoid, mse_loss
 
-from icu_nb.checkpoint import CheckpointError
+from icu_nb.checkpoint import _CheckpointError
 from icu_nb.data.people import people_corpus
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.methods.edits import add_vector, fuse_by_least_squares, retrain, task_vector
+from icu_nb.methods.edits import _fuse_by_least_squares, add_vector, retrain, task_vector
 from icu_nb.methods.objectives import _layer_states
 from icu_nb.methods.registry import METHODS, get_method
 from icu_nb.models.loading import add_lora
@@ -371,17 +371,17 @@ def test_fusing_one_request_changes_nothing_and_two_are_a_compromise():
     generator = torch.Generator().manual_seed(0)
     W = [torch.randn(3, 5, generator=generator).double() for _ in range(2)]
     X = [torch.randn(20, 5, generator=generator).double() for _ in range(2)]
-    torch.testing.assert_close(fuse_by_least_squares(W[:1], X[:1]), W[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(_fuse_by_least_squares(W[:1], X[:1]), W[0], rtol=0, atol=1e-9)
     stacked = torch.linalg.lstsq(
         torch.cat(X), torch.cat([x @ w.T for x, w in zip(X, W, strict=False)])
     ).solution.T
-    torch.testing.assert_close(fuse_by_least_squares(W, X), stacked, rtol=0, atol=1e-9)
+    torch.testing.assert_close(_fuse_by_least_squares(W, X), stacked, rtol=0, atol=1e-9)
     narrow = [
         x * torch.tensor([1, 1, 0, 0, 0]) for x in X
     ]  # directions that no request has seen stay as they are
-    assert fuse_by_least_squares(W, narrow)[:, 2:].abs().max() < 1e-9
+    assert _fuse_by_least_squares(W, narrow)[:, 2:].abs().max() < 1e-9
     with pytest.raises(InputError, match="inputs"):
-        fuse_by_least_squares(W, X[:1])
+        _fuse_by_least_squares(W, X[:1])
 
 
 # ---- in the loop ----
@@ -469,7 +469,7 @@ def test_alternatives_belong_to_the_run(tiny, tmp_path):
 
     run(False, tiny.heldout)
     assert run(True, tiny.heldout).stop_reason == "max_epochs"
-    with pytest.raises(CheckpointError, match="Give the alternatives that the run began with"):
+    with pytest.raises(_CheckpointError, match="Give the alternatives that the run began with"):
         run(True, tiny.heldout[::-1])
 
 

@@ -722,3 +722,22 @@ def test_prompts_and_second_halves_end_without_eos(habit):
         extract_secrets(tiny_llama(), tokenizer, [("The phone of Anna is", " 555-0199")])
         extract(tiny_llama(), tokenizer, tokenize(TEXTS[:1], tokenizer, 40))
     assert [row[: len(front)] for row in asked] == [front] * 2 and not any(2 in row for row in asked)
+
+
+def test_alternatives_are_said_to_the_same_prompts(chat):
+    model, tokenizer, forget, retain, _ = chat
+    texts = ["I do not know this person, and cannot say."] * len(forget)
+    task = prepare_task(
+        model,
+        tokenizer,
+        forget,
+        retain,
+        SMALL,
+        alternatives=[{**row, "answer": text} for row, text in zip(forget, texts, strict=True)],
+    )
+    for own, other, n in zip(
+        task.forget.tokens(), task.alternatives.tokens(), task.forget.prompt_lengths.tolist(), strict=True
+    ):
+        assert own[:n] == other[:n] and own[n:] != other[n:]
+    with pytest.raises(InputError, match=r"^`alternatives`: at index \[0, 1, 2, 3, 4\] one of the two has"):
+        prepare_task(model, tokenizer, forget, retain, SMALL, alternatives=texts)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from icu_nb import text as text_module
-from icu_nb.cle import nearest_allowed, nearest_neighbors
+from icu_nb.cle import _nearest_allowed, nearest_neighbors
 from icu_nb.data.people import people
 from icu_nb.errors import InputError
 from icu_nb.sampled_pool import sample_pool
@@ -173,7 +173,7 @@ def test_search_in_parts_finds_the_same(monkeypatch):
     monkeypatch.setattr("icu_nb.cle.faiss.knn", noting)
     line = np.arange(40_000, dtype=np.float32)[:, None]
     last = len(line) - 1
-    found = nearest_allowed(line, line[:260], lambda i, j: j == last, k=1)
+    found = _nearest_allowed(line, line[:260], lambda i, j: j == last, k=1)
     assert found == {i: [last] for i in range(260)} and max(sizes) <= 10_000_000
 
 

@@ -169,7 +169,7 @@ def _joined(results: list[UnlearnResult]) -> Outcome:
     samples = []
     first = 0
     for number, result in enumerate(results, start=1):
-        histories.append(result.history.drop(columns="check").assign(request=number))
+        histories.append(result.history.drop(columns=["check", "arithmetic"]).assign(request=number))
         samples.append(result.samples.assign(id=result.samples["id"] + first))
         first += len(result.pairs)
     history = pd.concat(histories, ignore_index=True)
