@@ -7,7 +7,7 @@ __all__ = ['sample_pool']
 
 # %% ../nbs/library/sampled_pool.ipynb #0b71f378
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -30,7 +30,8 @@ def _sample_tokens(
 
     def write(rows: list[int]) -> torch.Tensor:
         tokens = starts[rows]
-        unread, past = tokens, {}
+        unread = tokens
+        past: dict[str, Any] = {}
         while tokens.shape[1] < length:
             output = model(input_ids=unread.to(model.device), use_cache=True, **past)
             # transformers renamed it; a model that has neither reads everything again
