@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['without_adapter', 'predicted_positions', 'token_losses', 'mean_token_nll', 'weights_digest', 'evaluating',
-           'context_length', 'out_of_memory', 'in_batches', 'generate_continuations']
+           'context_length', 'in_batches', 'generate_continuations']
 
 # %% ../nbs/library/language_model.ipynb #fba9533d
 import hashlib
@@ -128,26 +128,24 @@ class _OutOfMemory(ICUError, torch.OutOfMemoryError):
     "Not even the smallest batch fits; the message says what to do."
 
 
-def out_of_memory(
-    error: RuntimeError,  # what went wrong
-    argument: str,  # the argument that can help
-    problem: str,  # what does not fit
-    remedy: str,  # what the caller can do
-) -> ICUError | None:  # None: it was not for lack of memory
-    "A lack of memory as an error that says what to do."
-    if isinstance(error, _OutOfMemory):  # of a part of the work
-        return error
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    "Whether less at a time might succeed."
     failed_to_begin = "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    if not (failed_to_begin or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-        return None
-    message = f"`{argument}`: {problem}. {remedy}. The original error: {first_line(error)}"
-    return _OutOfMemory(message)
+    return failed_to_begin or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-_ALONE = (  # what helps where a single sequence does not fit
-    "Cut the texts with a smaller max_length, load the model in 16 bits, or use a device with more memory"
-    " (gradient_checkpointing saves memory only in training)"
-)
+def _too_long(error: RuntimeError, length: int) -> RuntimeError:
+    "The error that says what to do about a single sequence."
+    if isinstance(error, _OutOfMemory):  # of a part of the work on this one
+        return error
+    return _OutOfMemory(
+        f"`max_length`: a single sequence of {length} tokens does not fit into memory. Cut the texts with a"
+        " smaller max_length, load the model in 16 bits, or use a device with more memory"
+        " (gradient_checkpointing saves memory only in training)."
+        f" The original error: {first_line(error)}"
+    )
+
+
 # model -> what is done with it -> the most tokens per batch, once a larger one did not fit
 _room: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, int]] = weakref.WeakKeyDictionary()
 
@@ -161,12 +159,10 @@ def _in_halves(function: Callable, rows: list[int], lengths: list[int], model: t
         try:
             return list(function(rows))
         except RuntimeError as error:
-            problem = f"a single sequence of {longest} tokens does not fit into memory"
-            failure = out_of_memory(error, "max_length", problem, _ALONE)
-            if failure is None:
+            if not _is_out_of_memory(error):
                 raise
             if len(rows) == 1:
-                raise failure from error
+                raise _too_long(error, longest) from error
         release_memory()  # out here the error holds its tensors no more
         known[function.__qualname__] = middle * longest
     halves = rows[:middle], rows[middle:]

@@ -52,7 +52,7 @@ def _logits(model, batch: Sequences) -> torch.Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
 
 # %% ../nbs/library/reference.ipynb #45e9ec7c
-def _frozen_copy(model: torch.nn.Module) -> torch.nn.Module:
+def _frozen_copy(model: Any) -> Any:
     "A copy without gradients; weights that never train are shared with the model."
     known = {}  # id of a weight -> what stands in its place
     for weight in model.parameters():

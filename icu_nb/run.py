@@ -23,7 +23,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
-from accelerate.utils.memory import release_memory
+from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -31,9 +31,9 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Progress
 from .config import ICUConfig
-from .errors import NonFinite, require
+from .errors import ICUError, NonFinite, first_line, require
 from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
-from .language_model import out_of_memory, without_adapter
+from .language_model import without_adapter
 from .metrics import memorization_accuracy
 from .models.loading import merge_lora, source_of
 from .models.memory import fuse_activations, recompute_layers
@@ -407,24 +407,26 @@ def _add_gradients(run: Run, rows: torch.Tensor, number: int) -> list[dict[str, 
         release_memory()  # out here the error holds its tensors no more
         run.micro_batch_size = smaller
         warnings.warn(
-            f"A step did not fit into memory: from now on micro_batch_size is {smaller}; the steps are the same.",
+            f"A step did not fit into memory: from now on micro_batch_size is {smaller}, for the same steps.",
             stacklevel=6,
         )
 
 
 def _smaller_pieces(run: Run, size: int, error: RuntimeError) -> int:
     "Half of the size that did not fit; or the error, where it is another one or halves do not help."
-    problem = f"a step does not fit into memory with {size} forget texts and their neighbors at a time"
-    remedy = "Set gradient_checkpointing=True or a smaller max_length, or train a LoRA adapter"
-    alone = run.world == 1 and run.accelerator.distributed_type != DistributedType.DEEPSPEED
-    if size > 1 and not alone:  # the processes would have to agree on it
-        remedy = f"Set it to {size // 2}. {remedy}"
-    failure = out_of_memory(error, "micro_batch_size", f"{problem}; the weights are as before it", remedy)
-    if failure is None:
+    if not should_reduce_batch_size(error):
         raise error
-    if size == 1 or not alone:
-        raise failure from error
-    return (size + 1) // 2
+    # The processes would have to agree on it, and DeepSpeed takes a step after every piece.
+    alone = run.world == 1 and run.accelerator.distributed_type != DistributedType.DEEPSPEED
+    if size > 1 and alone:
+        return (size + 1) // 2
+    remedy = "Set gradient_checkpointing=True or a smaller max_length, or train a LoRA adapter"
+    if size > 1:
+        remedy = f"Set it to {size // 2}. {remedy}"
+    raise ICUError(
+        f"`micro_batch_size`: a step does not fit into memory with {size} forget texts and their neighbors at"
+        f" a time; the weights are as before it. {remedy}. The original error: {first_line(error)}"
+    ) from error
 
 
 def _step_of_adam(run: Run) -> None:
@@ -432,12 +434,13 @@ def _step_of_adam(run: Run) -> None:
     try:
         run.optimizer.step()
     except RuntimeError as error:
-        problem = "Adam's two numbers per trained weight do not fit into memory; the weights are as before"
-        remedy = "Train a LoRA adapter (`add_lora`, `--lora`), or use a GPU with more memory, or FSDP"
-        failure = out_of_memory(error, "model", problem, remedy)
-        if failure is None:
+        if not should_reduce_batch_size(error):
             raise
-        raise failure from error
+        raise ICUError(
+            "`model`: Adam's two numbers per weight do not fit into memory; the weights are as before."
+            " Train a LoRA adapter (`add_lora`, `--lora`), or use a GPU with more memory, or FSDP."
+            f" The original error: {first_line(error)}"
+        ) from error
 
 
 def _backward(run: Run, piece: torch.Tensor, rows: torch.Tensor, number: int) -> dict[str, float]:

@@ -16,8 +16,9 @@ from sacrebleu.metrics import BLEU
 from transformers import AutoModel, AutoTokenizer
 
 from .errors import InputError
-from .language_model import context_length
+from .language_model import context_length, in_batches
 from .plumbing import best_device, require_package
+from .text import pad, pad_id
 
 # %% ../nbs/library/text_scores.ipynb #9a8b8c44
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it recommends another variant than this one
@@ -90,21 +91,22 @@ class BERTScorer:
             return_tensors="pt",
         )
 
-    def _read(self, texts: list[str], batch_size: int = 32) -> None:
+    def _read(self, texts: list[str]) -> None:
         "Keep the encoder's last layer of texts that it has not read yet."
-        for k in range(0, len(texts), batch_size):
-            batch = self._tokens(texts[k : k + batch_size])
-            rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-            keys = [tuple(ids[mask.bool()].tolist()) for ids, mask in rows]
-            new = [i for i, key in enumerate(keys) if key not in self._vectors]
-            if not new:
-                continue
-            ids = batch["input_ids"][new].to(self._model.device)
-            mask = batch["attention_mask"][new].to(self._model.device)
-            with torch.no_grad():
-                states = self._model(ids, mask).last_hidden_state
-            for i, state in zip(new, states, strict=True):
-                self._vectors[keys[i]] = state[: len(keys[i])]
+        cut = {"truncation": True, "max_length": self._longest}
+        tokens = self._tokenizer(texts, **cut)["input_ids"] if texts else []
+        new = [key for key in dict.fromkeys(map(tuple, tokens)) if key not in self._vectors]
+        sequences = pad([list(key) for key in new], pad_id(self._tokenizer)).to(self._model.device)
+
+        def measure(rows: list[int]) -> list[torch.Tensor]:
+            batch = sequences[rows]
+            states = self._model(**batch.inputs).last_hidden_state
+            # Copies: a view would keep the padding, too.
+            return [state[:n].clone() for state, n in zip(states, batch.lengths.tolist(), strict=True)]
+
+        with torch.no_grad():
+            states = in_batches(measure, sequences.lengths.tolist(), 32, self._model)
+        self._vectors.update(zip(new, states, strict=True))
 
     def _known_states(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         "What torchmetrics calls in place of the encoder; a copy, because it normalizes in place."

@@ -303,6 +303,20 @@ def test_saved_like_given(tiny, tmp_path, dtype, lora):
         assert (logits(loaded, tiny) - logits(result.model, tiny)).abs().max() < 0.05 * scale
 
 
+def test_weights_gathered_from_shards_like_given(result, tmp_path):
+    """FSDP: the first process has all weights beside a model that holds shards; saving leaves them there."""
+    weights = {name: tensor.clone() for name, tensor in result.model.state_dict().items()}
+    dtypes = dict.fromkeys(weights, torch.bfloat16)
+    gathered = replace(result, weights=weights, dtypes=dtypes)
+    for name in ("first", "second"):
+        folder = gathered.save_pretrained(tmp_path / name)
+        assert dtypes_in(folder) == {torch.bfloat16}
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert loaded.dtype == torch.bfloat16
+        for part, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, weights[part].bfloat16())
+
+
 def test_each_weight_like_given(tiny, tmp_path):
     model = tiny.copy().bfloat16()
     for module in model.modules():

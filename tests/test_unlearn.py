@@ -411,7 +411,7 @@ def test_whether_it_is_enough_is_asked_of_no_more_sequences_than_needed(tiny, mo
     monkeypatch.setattr(
         icu_nb.run,
         "memorization_accuracy",
-        lambda model, **batch: looks.append(memorization_accuracy(model, **batch)) or looks[-1],
+        lambda model, batch: looks.append(memorization_accuracy(model, batch)) or looks[-1],
     )
     run(
         tiny,

@@ -281,7 +281,7 @@ def _layer_states(model: "PreTrainedModel | PeftModel", sequences: Sequences, la
         last, _ = states_or_logits(model, sequences)
     finally:
         hook.remove()
-    return caught[0] + (0 * last.sum() if isinstance(model, DistributedDataParallel) else 0)
+    return caught[-1] + (0 * last.sum() if isinstance(model, DistributedDataParallel) else 0)
 
 
 def _distance(states: torch.Tensor, target: torch.Tensor, part: Part) -> torch.Tensor:
