@@ -54,6 +54,7 @@ _SETTINGS = (
     "alpha",
     "beta",
     "seed",
+    "precision",
 )
 _EPILOG = """example:
   icu-unlearn --model EleutherAI/gpt-neo-125m --forget forget.jsonl --retain retain.jsonl \\
@@ -387,15 +388,13 @@ def _save(result: "UnlearnResult", out: Path, overwrite: bool) -> None:
     print(json.dumps(summary, indent=1))
 
 # %% ../nbs/library/cli.ipynb #ab012b3e
-def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfig) -> "UnlearnResult":
-    "Read, load, unlearn."
+def _prepare(args: argparse.Namespace, config: ICUConfig) -> dict[str, Any]:
+    "What `unlearn` is given: read, loaded and measured."
     forget, retain, heldout = _read_files(args).values()
     from icu_nb.examples import Examples
-    from icu_nb.iur import select_icu, select_published_rule
     from icu_nb.models.loading import load_model
     from icu_nb.pairs import check_fit, choose_thresholds
     from icu_nb.plumbing import seed_everything
-    from icu_nb.unlearn import unlearn
 
     seed_everything(config.seed)  # an adapter begins at random
     model, tokenizer = load_model(
@@ -409,18 +408,31 @@ def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfi
         _tell(f"thresholds from {len(heldout)} held-out texts: {found}")
     if retain is None:
         retain = _sampled_pool(model, tokenizer, examples, config)
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "forget": forget,
+        "retain": retain,
+        "thresholds": thresholds,
+    }
+
+
+def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfig) -> "UnlearnResult":
+    "Read, load, unlearn."
+    from icu_nb.iur import select_icu, select_published_rule
+    from icu_nb.plumbing import together
+    from icu_nb.unlearn import unlearn
+
+    with together():
+        given = _prepare(args, config)
     if not args.resume_from_checkpoint:
         _clear(checkpoints)
     if os.environ.get("RANK", "0") == "0":
         _sweep(args.out)
     refinements = {"icu": select_icu, "published_rule": select_published_rule, "none": None}
     return unlearn(
-        model,
-        tokenizer,
-        forget,
-        retain,
-        config,
-        thresholds=thresholds,
+        config=config,
+        **given,
         refinement=refinements[args.refinement],
         embedder=args.embedder,
         encoder=args.encoder,
