@@ -105,8 +105,9 @@ def score_forget_set(
         return scores
     prompts, suffixes = prompt_suffix(sequences, tokenizer)
     lengths = [len(suffix) for suffix in suffixes]
-    how = {"pad_token_id": pad_id(tokenizer), "num_beams": num_beams, "batch_size": batch_size}
-    tokens = generate_continuations(model, prompts, lengths, **how)
+    tokens = generate_continuations(
+        model, prompts, lengths, pad_token_id=pad_id(tokenizer), num_beams=num_beams, batch_size=batch_size
+    )
     texts, truths = tokenizer.batch_decode(tokens), tokenizer.batch_decode(suffixes)
     return scores.assign(
         bleu=sentence_bleu(texts, truths),

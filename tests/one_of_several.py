@@ -113,7 +113,7 @@ def main(folder, out, job):
                 texts["retain"],
                 config,
                 objective=objective,
-                thresholds=Thresholds(ma=0.0, el=0.0),
+                thresholds=Thresholds(ma=job.get("ma", 0.0), el=0.0),
                 checkpoint_dir=job.get("checkpoint_dir"),
                 resume_from_checkpoint=job.get("resume_from_checkpoint", False),
                 **options,

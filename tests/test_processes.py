@@ -122,6 +122,7 @@ JOBS = {
     },
     "an adapter": {"config": {"learning_rate": 1e-3}, "lora": True},
     "layers computed twice": {"config": dict(SGD_LIKE, gradient_checkpointing=True)},
+    "EL of a sample of all": {"config": dict(SGD_LIKE, check_sample=3, check_steps=1), "ma": 1.0},
     "thresholds within an epoch": {"config": dict(SGD_LIKE, check_steps=1), "ascent": True},
 }
 
@@ -129,6 +130,11 @@ JOBS = {
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_do_what_one_does(start, name):
     assert_same_run(start(1, **JOBS[name]), start(2, **JOBS[name]))
+
+
+def test_a_sample_is_the_same_in_all_processes(start):
+    """What the job of two processes above compares are samples indeed."""
+    assert "sample of 3" in start(1, **JOBS["EL of a sample of all"])[0]["history"]["check"]
 
 
 def test_each_active_sequence_is_trained_once(start):
