@@ -34,7 +34,8 @@ def _sample_tokens(
         while tokens.shape[1] < length:
             output = model(input_ids=unread.to(model.device), use_cache=True, **past)
             # transformers renamed it; a model that has neither reads everything again
-            past = {name: output[name] for name in ("cache", "past_key_values") if name in output}
+            names = [name for name in ("cache", "past_key_values") if name in output]
+            past = {names[0]: output[names[0]]} if names else {}
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
             drawn = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat([tokens, drawn], dim=1)
