@@ -7,7 +7,7 @@ __all__ = ['fuse_activations', 'estimate_memory', 'recompute_layers']
 
 # %% ../../nbs/library/models/memory.ipynb #1c1fc4c6
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -107,8 +107,7 @@ def estimate_memory(
         in_16_bits = lora and on_gpu and model.dtype in (torch.float16, torch.bfloat16)  # as `load_model`
         model = _without_weights(model, lora, model.dtype if in_16_bits else torch.float32)
     elif lora:
-        weight: Any = model.get_input_embeddings().weight
-        model = _without_weights(model.config, lora, weight.dtype)
+        model = _without_weights(model.config, lora, next(model.parameters()).dtype)
     counts, base = parameter_counts(model), without_adapter(model)
     output_head = base.get_output_embeddings()
     V, H = output_head.weight.shape
