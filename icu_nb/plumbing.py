@@ -80,7 +80,7 @@ class Arithmetic:
         precision: str | None = None,  # `ICUConfig.precision`; None: by the rule above
     ) -> "Arithmetic":
         "That of a run on this model, on the device where it is."
-        kind = model.device.type
+        kind = str(model.device.type)
         require(
             precision != "fp16" or kind == "cuda",
             "precision",
@@ -135,9 +135,9 @@ def together() -> Iterator[None]:
     told = own
     if own is not None and not isinstance(own, (ICUError, NonFinite)):
         told = ICUError(f"process {state.process_index} failed: {type(own).__name__}: {own}")
-    for error in gather_object([told]):
-        if error is not None:
-            raise own or error
+    for problem in gather_object([told]):
+        if problem is not None:
+            raise own or problem
 
 # %% ../nbs/library/plumbing.ipynb #feb7d411
 def require_package(

@@ -879,7 +879,7 @@ def test_references_are_read_once_per_run(scorer, monkeypatch):
     monkeypatch.setattr(
         scorer._model,
         "forward",
-        lambda ids, *args, **rest: read.append(len(ids)) or forward(ids, *args, **rest),
+        lambda **inputs: read.append(len(inputs["input_ids"])) or forward(**inputs),
     )
     truths, said = ["a b c", "d e"], ["a b", "c c c c"]
     first = scorer(said, truths)

@@ -275,6 +275,18 @@ def test_all_forms_are_the_same_conversations(table, form):
     )
 
 
+def test_all_earlier_turns_are_the_prompt():
+    tokenizer = chat_tokenizer()
+    first, second = (row["messages"] for row in conversations()[:2])
+    turns = [{"role": "system", "content": "Be short."}, *first, *second]
+    examples = Examples.read(datasets.Dataset.from_list([{"messages": turns}]), tokenizer)
+    (row,), (length,) = examples.sequences.tokens(), examples.sequences.prompt_lengths.tolist()
+    asked = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(row[:length]) == asked
+    assert tokenizer.decode(row[length:]) == second[1]["content"] + "</s>\n"
+    assert examples.whole == ["\0".join(turn["content"] for turn in turns)]
+
+
 @pytest.mark.parametrize("template", [LLAMA2, THINKING])
 def test_the_answer_begins_where_the_template_puts_it(template):
     tokenizer = chat_tokenizer(template)
@@ -627,6 +639,9 @@ def test_files_of_questions_and_answers_in_the_shell(chat, tmp_path, capsys):
     assert main([*options, "--column", "answer", "--out", f"{tmp_path}/texts"]) in (0, 3)
     saved = json.loads((tmp_path / "texts/icu_result.json").read_text(encoding="utf-8"))
     assert saved["forgotten_sha256"][0] == hashlib.sha256(forget[0]["answer"].encode()).hexdigest()
+    without_pool = [*options[:4], *files[4:], *options[8:], "--out", f"{tmp_path}/sampled"]
+    assert main(without_pool) in (0, 3)
+    assert "30 texts are sampled from the model itself" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         shared = ["--heldout", f"{tmp_path}/forget.jsonl", "--out", f"{tmp_path}/shared"]
         main(["--model", f"{tmp_path}/model", *files[:4], *shared])
@@ -741,3 +756,16 @@ def test_alternatives_are_said_to_the_same_prompts(chat):
         assert own[:n] == other[:n] and own[n:] != other[n:]
     with pytest.raises(InputError, match=r"^`alternatives`: at index \[0, 1, 2, 3, 4\] one of the two has"):
         prepare_task(model, tokenizer, forget, retain, SMALL, alternatives=texts)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_calibration_and_training_see_the_same_tokens(habit, learned):
+    """Thresholds of other tokens than those that train are no thresholds."""
+    model, _ = learned
+    for sides in (("left", "left"), ("right", "right")):
+        tokenizer = tokenizer_with(habit, truncation_side=sides[0], padding_side=sides[1])
+        config = dataclasses.replace(SMALL, max_length=40)
+        task = prepare_task(model, tokenizer, TEXTS[:6], TEXTS[6:], config)
+        found = calibrate_thresholds(model, tokenizer, TEXTS[:6], max_length=40, el_n=4)
+        trained = [values.mean().item() for values in memorization_scores(model, task.forget, n=4)]
+        assert [found.ma, found.el] == pytest.approx(trained, abs=1e-12)

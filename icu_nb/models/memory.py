@@ -107,7 +107,7 @@ def estimate_memory(
         in_16_bits = lora and on_gpu and model.dtype in (torch.float16, torch.bfloat16)  # as `load_model`
         model = _without_weights(model, lora, model.dtype if in_16_bits else torch.float32)
     elif lora:
-        model = _without_weights(model.config, lora, model.dtype)
+        model = _without_weights(model.config, lora, next(model.parameters()).dtype)
     counts, base = parameter_counts(model), without_adapter(model)
     output_head = base.get_output_embeddings()
     V, H = output_head.weight.shape
