@@ -127,13 +127,20 @@ def extraction_likelihood(
     *,
     prompt_lengths: torch.Tensor | None = None,  # LongTensor [n]: real tokens in front that do not count
     n: int = 10,  # n-gram size
-    start: int
-    | None = None,  # first offset, behind the prompt if there is one; None: 3/4 of the length, or 0
+    start: int | None = None,  # first offset behind the prompt; None: 3/4 of a text's length, an answer's 0
     batch_size: int = 32,  # sequences of the longest length per forward pass
 ) -> torch.Tensor:  # float Tensor [n] in [0, 1], on the CPU
     "EL_n: the share of n-grams of the true rest in greedy continuations, averaged over where they begin."
-    options = {"prompt_lengths": prompt_lengths, "n": n, "start": start, "batch_size": batch_size}
-    return memorization_scores(model, input_ids, attention_mask, **options)[1]
+    _, likelihood = memorization_scores(
+        model,
+        input_ids,
+        attention_mask,
+        prompt_lengths=prompt_lengths,
+        n=n,
+        start=start,
+        batch_size=batch_size,
+    )
+    return likelihood
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #03000402
 def _sliding_windows(

@@ -128,8 +128,8 @@ def _remember_random_state() -> Callable[[], None]:
 
 
 def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], None]:
-    "A function that puts back what trains, the dtype of all else, and how the model generates."
-    trains = [(p, p.requires_grad) for p in model.parameters()]
+    "A function that puts back what trains and its gradients, the dtype of all else, and how it generates."
+    trains = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     dtypes = []
     if hasattr(model, "disable_adapter"):  # without one, a model of two dtypes could not be used any more
         dtypes = [(p, p.dtype) for p in [*model.parameters(), *model.buffers()] if not p.requires_grad]
@@ -138,12 +138,13 @@ def _remember_training(model: "PreTrainedModel | PeftModel") -> Callable[[], Non
 
     def put_back() -> None:
         owner.generation_config = settings
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
         for tensor, dtype in dtypes:
             if tensor.dtype != dtype and not _is_in_shards(model):
                 tensor.data = tensor.data.to(dtype)
+        for parameter, flag, gradient in trains:
+            parameter.requires_grad_(flag)
+            fits = gradient is not None and gradient.dtype == parameter.dtype  # it may have got 32 bits
+            parameter.grad = gradient if fits else None
 
     return put_back
 

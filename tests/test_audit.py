@@ -178,7 +178,7 @@ def test_audit_runs_every_attack_and_changes_nothing(tiny, texts):
     value = table.set_index("metric").value
     assert value["MA"] > 0.7 and value["AUC loss"] > 0.6 and value["PrivLeak"] < 0
     assert value["MA"] == pytest.approx(
-        memorization_accuracy(model, **tokenize(forget, tiny.tokenizer, 48).inputs).mean().item()
+        memorization_accuracy(model, tokenize(forget, tiny.tokenizer, 48)).mean().item()
     )
     assert any("other words" in metric for metric in table.metric) and any(
         "unrelated" in metric for metric in table.metric

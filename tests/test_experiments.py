@@ -176,7 +176,7 @@ def test_a_row_says_what_was_measured(setup, mini, tmp_path):
     assert list(read_rows(tmp_path, "mini").columns[: len(COLUMNS)]) == COLUMNS
     original, ascent = rows.loc["original"], rows.loc["ga"]
     ma = (
-        memorization_accuracy(setup.original, **tokenize(setup.corpus.forget, setup.tokenizer, 48).inputs)
+        memorization_accuracy(setup.original, tokenize(setup.corpus.forget, setup.tokenizer, 48))
         .mean()
         .item()
     )

@@ -43,7 +43,7 @@ def test_extraction_strength_against_the_logits(tiny):
     with torch.no_grad():
         greedy = tiny.model(**sequences.inputs).logits.argmax(-1)[:, :-1]
     for score, row, tokens in zip(
-        extraction_strength(tiny.model, **sequences.inputs, batch_size=3),
+        extraction_strength(tiny.model, sequences, batch_size=3),
         greedy.tolist(),
         sequences.tokens(),
         strict=False,
@@ -57,8 +57,7 @@ def test_extraction_strength_against_the_logits(tiny):
 def test_extraction_strength_is_at_most_ma(tiny):
     sequences = tiny.sequences
     assert (
-        extraction_strength(tiny.model, **sequences.inputs)
-        <= memorization_accuracy(tiny.model, **sequences.inputs) + 1e-12
+        extraction_strength(tiny.model, sequences) <= memorization_accuracy(tiny.model, sequences) + 1e-12
     ).all()
 
 
@@ -68,9 +67,7 @@ def test_padding_on_the_left_changes_nothing(tiny):
     width = max(map(len, tokens)) + 3
     ids = torch.tensor([[1] * (width - len(row)) + row for row in tokens])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in tokens])
-    assert torch.equal(
-        extraction_strength(tiny.model, ids, mask), extraction_strength(tiny.model, **sequences.inputs)
-    )
+    assert torch.equal(extraction_strength(tiny.model, ids, mask), extraction_strength(tiny.model, sequences))
 
 
 def levenshtein(a, b):

@@ -225,9 +225,9 @@ def test_padding_changes_nothing(side, has_pad, own, tiny):
     assert tokenizer.padding_side == side and pad_id(tokenizer) == (1 if has_pad else 0)
     texts = [tiny.forget[0], tiny.forget[1][:60]]
     together = tokenize(texts, tokenizer, 48)
-    alone = [memorization_accuracy(model, **tokenize([text], tokenizer, 48).inputs).item() for text in texts]
+    alone = [memorization_accuracy(model, tokenize([text], tokenizer, 48)).item() for text in texts]
     assert together.attention_mask.sum(1).tolist() == [48, len(tokenizer(texts[1]).input_ids)]
-    assert memorization_accuracy(model, **together.inputs).tolist() == pytest.approx(alone)
+    assert memorization_accuracy(model, together).tolist() == pytest.approx(alone)
 
 
 def test_special_tokens_that_no_text_makes_may_lie_beyond_the_table(own, tiny):

@@ -196,7 +196,7 @@ def test_metrics_of_answers_equal_the_slow_definition(learned, start):
     assert torch.allclose(torch.stack(found), expected, rtol=0, atol=1e-9)
     marked = type(sequences)(sequences.rows, prompts.tolist())
     assert torch.equal(memorization_accuracy(model, marked), found[0])  # the sequences say it themselves
-    likelihood = extraction_likelihood(model, **sequences.inputs, prompt_lengths=prompts, n=4, start=start)
+    likelihood = extraction_likelihood(model, sequences, prompt_lengths=prompts, n=4, start=start)
     assert torch.equal(likelihood, found[1])
 
 

@@ -135,7 +135,7 @@ def test_samples_have_a_row_per_sequence_and_epoch(tiny, three_epochs):
 def test_the_first_and_the_last_row_are_the_model_before_and_after(tiny, three_epochs):
     model, result = three_epochs
     for epoch, scored in ((0, tiny.model), (3, model)):
-        accuracy, likelihood = memorization_scores(scored, **tiny.sequences.inputs)
+        accuracy, likelihood = memorization_scores(scored, tiny.sequences)
         rows = result.samples[result.samples["epoch"] == epoch]
         assert rows["ma"].to_numpy() == pytest.approx(accuracy.numpy()) and rows[
             "el"

@@ -984,7 +984,7 @@ def _unlearned() -> tuple:
     forget, strangers = (tokenize(part, tokenizer, 48) for part in (records[:16], records[16:32]))
 
     def accuracy(sequences):
-        return memorization_accuracy(model, **sequences.inputs).mean()
+        return memorization_accuracy(model, sequences).mean()
 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     enough = accuracy(strangers)
@@ -1131,7 +1131,7 @@ def check_relearning(
     model, forget, *_ = unlearned_model()
 
     def accuracy(model):
-        return memorization_accuracy(model, **forget[4:].inputs).mean().item()
+        return memorization_accuracy(model, forget[4:]).mean().item()
 
     found = _call_answer(answer, model, forget[:4], like=model, seconds=60)
     before = accuracy(model)

@@ -95,7 +95,7 @@ def _subtract_task_vector(setup: Setup) -> "PreTrainedModel":
         return model
 
     def enough(part: float) -> bool:
-        return memorization_accuracy(minus(part), **sequences.inputs).mean().item() <= goal
+        return memorization_accuracy(minus(part), sequences).mean().item() <= goal
 
     low, high = 0.0, 1.0
     if not enough(high):
@@ -143,7 +143,7 @@ def baseline_row(
         "held-out": corpus.heldout,
         "general": corpus.general_test,
     }
-    scores = memorization_scores(model, **_forget_sequences(setup).inputs, n=10)
+    scores = memorization_scores(model, _forget_sequences(setup), n=10)
     ma, el = (score.mean().item() for score in scores)
     return {
         "method": name,

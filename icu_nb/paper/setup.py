@@ -356,7 +356,7 @@ def _memorize_in_passes(
         # without a cache: else the 16-bit copies of the weights would stay those of the first step
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available(), cache_enabled=False):
             memorize(model, tokenizer, corpus.forget, background, max_length=max_length, seed=order, **recipe)
-        if memorization_accuracy(model, **forget.inputs).mean() >= _MEMORIZED:
+        if memorization_accuracy(model, forget).mean() >= _MEMORIZED:
             return
 
 

@@ -224,7 +224,7 @@ def _scaled_task_vector(trial: Trial, setup: Setup) -> Outcome:
         return model
 
     def reaches(part: float) -> bool:
-        return bool(memorization_accuracy(minus(part), **sequences.inputs).mean() <= goal)
+        return bool(memorization_accuracy(minus(part), sequences).mean() <= goal)
 
     low, high = 0.0, 1.0
     if reaches(high):
