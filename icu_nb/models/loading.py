@@ -341,7 +341,8 @@ def _separate_tied(model: "PreTrainedModel") -> None:
 def _say_whether_tied(model: "PreTrainedModel") -> None:
     "Where head and embedding were tied: tie them again if they are equal, else note that they are not."
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if not model.config.tie_word_embeddings or head is None or head.weight is table.weight:
+    may_be_tied = getattr(model.config, "tie_word_embeddings", True)  # Mamba's had no such setting at first
+    if not may_be_tied or head is None or head.weight is table.weight:
         return
     if head.weight.device.type != "meta" and torch.equal(head.weight, table.weight):
         head.weight = table.weight
@@ -373,14 +374,15 @@ def merge_lora(
         _separate_tied(adapted.get_base_model())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_TIED)
-            tied = adapted.config.tie_word_embeddings
+            tied = getattr(adapted.config, "tie_word_embeddings", None)
             plain = adapted.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
         raise InputError(
             f"`lora`: this adapter cannot be merged with the weights ({first_line(error)}), so the model"
             " could not be saved as it is. Adapt other modules, or with plain LoRA."
         ) from error
-    plain.config.tie_word_embeddings = tied  # peft has compared places, we compare numbers
+    if tied is not None:
+        plain.config.tie_word_embeddings = tied  # peft has compared places, we compare numbers
     _say_whether_tied(plain)
     return plain.requires_grad_(True)
 

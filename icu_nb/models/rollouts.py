@@ -220,7 +220,7 @@ def _continue_plainly(
     for step in range(steps[0]):
         alive = [row for row, n in zip(rows, steps, strict=True) if n > step]
         batch = pad(alive).to(model.device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = model(**batch.inputs, use_cache=False).logits
         next_tokens = logits[torch.arange(len(alive)), batch.lengths - 1].argmax(-1).tolist()
         for row, token in zip(alive, next_tokens, strict=True):
             row.append(token)
