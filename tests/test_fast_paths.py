@@ -948,7 +948,7 @@ def test_one_call_of_faiss(monkeypatch):
     def letters(texts):
         return np.array([[text.count(c) for c in "abcd"] for text in texts], dtype=float)
 
-    pairs = nearest_neighbors(["aab", "ccd", "bb"], ["ab", "cd", "bbb", "dd"], embedder=letters)
+    pairs = nearest_neighbors(["aab", "ccd", "bdb"], ["ab", "cd", "bbd", "dd"], embedder=letters)
     assert pairs[:, 0].tolist() == [0, 1, 2] and calls == [3]
 
 
