@@ -158,6 +158,12 @@ def real_tokens(
     if isinstance(input_ids, Sequences):
         sequences = input_ids
         require(len(sequences) > 0, "input_ids", "there are no sequences", "Give at least one")
+        require(
+            attention_mask is None and prompt_lengths is None,
+            "input_ids",
+            "`Sequences` have a mask and prompts of their own",
+            "Leave attention_mask and prompt_lengths out",
+        )
     else:
         sequences = _unpadded(input_ids, attention_mask, prompt_lengths)
     long = (sequences.lengths > context).nonzero()[:, 0].tolist()

@@ -196,8 +196,10 @@ def test_metrics_of_answers_equal_the_slow_definition(learned, start):
     assert torch.allclose(torch.stack(found), expected, rtol=0, atol=1e-9)
     marked = type(sequences)(sequences.rows, prompts.tolist())
     assert torch.equal(memorization_accuracy(model, marked), found[0])  # the sequences say it themselves
-    likelihood = extraction_likelihood(model, sequences, prompt_lengths=prompts, n=4, start=start)
+    likelihood = extraction_likelihood(model, marked, n=4, start=start)
     assert torch.equal(likelihood, found[1])
+    with pytest.raises(InputError, match="Leave attention_mask and prompt_lengths out"):
+        memorization_accuracy(model, sequences, prompt_lengths=prompts)  # two answers to one question
 
 
 def test_answers_must_hold_an_n_gram():
