@@ -131,13 +131,14 @@ def _conversations(table: pd.DataFrame, form: tuple[str, ...], argument: str) ->
 
 def _rendered(turns: list[dict], tokenizer) -> tuple[str, str]:
     "A conversation by the chat template: what stands in front of the answer, and the answer to the end."
-    asked = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     answer = turns[-1]["content"].strip()
-    if not whole.startswith(asked):  # as with templates that open a thought, and leave it out afterwards
-        return asked, whole[whole.rfind(answer) :]
-    begin = whole.find(answer, len(asked))
-    begin = len(asked) if begin < 0 else begin
+    if not whole.startswith(prompt):  # as with templates that open a thought, and leave it out afterwards
+        _, found, behind = whole.rpartition(answer)
+        return prompt, found + behind if found else ""
+    begin = whole.find(answer, len(prompt))
+    begin = len(prompt) if begin < 0 else begin
     return whole[:begin], whole[begin:]
 
 # %% ../nbs/library/examples.ipynb #303e484e
@@ -175,7 +176,7 @@ def _pairs(
     )
     if has_template and (has_turns or "answer" in form):
         return _by_template(table, conversations, tokenizer, argument), True
-    pairs = [(asked["content"], said["content"]) for asked, said in conversations]
+    pairs = [(question["content"], answer["content"]) for question, answer in conversations]
     if "answer" in form:
         pairs = [(prompt + _blank_between(prompt, answer), answer) for prompt, answer in pairs]
     return pairs, False

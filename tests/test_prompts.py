@@ -248,6 +248,13 @@ def conversations():
     ]
 
 
+def test_an_answer_that_the_template_changes_is_not_guessed():
+    """Behind a thought nothing says where the answer begins, unless it stands there as it was given."""
+    tokenizer = chat_tokenizer(THINKING.replace("turn.content", "turn.content | upper"))
+    with pytest.raises(InputError, match="leaves the answer out at index"):
+        Examples.read(conversations(), tokenizer)
+
+
 @pytest.mark.parametrize("table", [list, datasets.Dataset.from_list, pd.DataFrame])
 @pytest.mark.parametrize("form", ["question", "prompt", "messages", "turns"])
 def test_all_forms_are_the_same_conversations(table, form):
