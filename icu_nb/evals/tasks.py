@@ -244,4 +244,6 @@ def evaluate_tasks(
     for name in tasks:
         row = _task_row(samples[name]) if name in samples else empty
         rows.append({**row, "missing": missing.get(name)})
-    return pd.DataFrame(rows, index=pd.Index(list(tasks), name="task"))
+    table = pd.DataFrame(rows, index=pd.Index(list(tasks), name="task"))
+    table.attrs["answers"] = {name: {"acc": [float(s["acc"]) for s in own]} for name, own in samples.items()}
+    return table
