@@ -143,14 +143,14 @@ def _scores(
     limit: int | None,  # only the first texts, questions or dialogues
     data_dir: str | Path | None,  # see `data_folder`
     **options: Any,  # max_length and batch_size
-) -> pd.DataFrame:  # a row for each: (loss, tokens), (f1, loss, tokens), or acc and what else a task has
+) -> pd.DataFrame:  # a row for each: (loss, tokens), (f1, loss, tokens) or acc
     "How the model does on every text, question or dialogue; numbers only."
     if part.kind == "acc":
         tasks = [part.name] if part.named else {part.name: part.asked or []}
         table = evaluate_tasks(model, tokenizer, tasks, limit=limit, data_dir=data_dir, **options)
         if pd.notna(table.loc[part.name, "missing"]):
             raise _Unavailable(table.loc[part.name, "missing"])
-        return pd.DataFrame(table.attrs["answers"][part.name])
+        return pd.DataFrame({"acc": [int(answer) for answer in table.loc[part.name, "correct"]]})
     asked = (part.asked or [])[:limit]
     if part.kind == "f1":
         return dialogue_scores(model, tokenizer, asked, **options)[["f1", "loss", "tokens"]]
