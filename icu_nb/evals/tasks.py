@@ -109,7 +109,7 @@ def _quiet_harness() -> Iterator[None]:
         logger.setLevel(level)
         random.setstate(state)  # the harness draws names for its tasks
 
-# %% ../../nbs/library/evals/tasks.ipynb #ee90f5aa
+# %% ../../nbs/library/evals/tasks.ipynb #230c7a31
 _TOKENS_PER_PASS = 2048
 
 
@@ -125,6 +125,13 @@ def _harness_model(
     class ByLength(HFLM):
         def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> list:
             "A request is (texts, context tokens, continuation tokens)."
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
+            require(
+                longest <= width,
+                "max_length",
+                f"an answer to choose has {longest} tokens, and the model reads {width} at once",
+                "Take a larger one, or leave this task out",
+            )
             sharing: dict[tuple, list[int]] = {}  # what goes into the model -> the requests that it answers
             for place, (_, context, continuation) in enumerate(requests):
                 sharing.setdefault((*context, *continuation[:-1]), []).append(place)
@@ -156,7 +163,7 @@ def _harness_model(
         softmax_dtype="float32",
     )
 
-# %% ../../nbs/library/evals/tasks.ipynb #a90dcb09
+# %% ../../nbs/library/evals/tasks.ipynb #f93e60eb
 def _task_row(
     samples: list[dict],  # the harness's record of every question
     metric: str,  # which accuracy is usually reported
@@ -167,8 +174,8 @@ def _task_row(
     from scipy.stats import binomtest
 
     n = len(samples)
-    right = [sample[metric] for sample in samples]
-    interval = binomtest(int(sum(right)), n).proportion_ci(method="wilson")
+    right = [int(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    interval = binomtest(sum(right), n).proportion_ci(method="wilson")
     chance = math.nan  # completion has no choices
     if len(samples[0]["resps"]) > 1:
         chance = sum(1 / len(sample["resps"]) for sample in samples) / n
@@ -182,20 +189,12 @@ def _task_row(
         "high": interval.high,
         "chance": chance,
         "n": n,
+        "correct": "".join(map(str, right)),
     }
 
 
-_NO_ROW = {
-    "accuracy": math.nan,
-    "metric": None,
-    "acc": math.nan,
-    "acc_norm": math.nan,
-    "stderr": math.nan,
-    "low": math.nan,
-    "high": math.nan,
-    "chance": math.nan,
-    "n": 0,
-}
+_NUMBERS = ("accuracy", "acc", "acc_norm", "stderr", "low", "high", "chance")
+_NO_ROW = {**dict.fromkeys(_NUMBERS, math.nan), "metric": None, "n": 0, "correct": "", "cut": 0}
 
 
 def _count_cut(samples: list[dict], tokenizer: "PreTrainedTokenizerBase", width: int) -> int:
@@ -207,17 +206,6 @@ def _count_cut(samples: list[dict], tokenizer: "PreTrainedTokenizerBase", width:
         long = len(longest.encode()) > width + 1  # a token has at least one byte
         count += long and len(tokenizer(longest).input_ids) > width + 1
     return count
-
-
-def _answers(samples: list[dict]) -> list[dict]:
-    "What later comparisons need of every question, in plain Python."
-    answers = []
-    for sample in samples:
-        answer = {"question": sample["doc_id"]}
-        answer["log_likelihoods"] = [response[0][0] for response in sample["resps"]]
-        answer |= {name: sample[name] for name in ("acc", "acc_norm") if name in sample}
-        answers.append(answer)
-    return answers
 
 # %% ../../nbs/library/evals/tasks.ipynb #09000024
 def _write_tasks(
@@ -296,7 +284,8 @@ def evaluate_tasks(
     """Multiple choice and completion, by lm-evaluation-harness.
 
     A row per task: accuracy, metric (which of the next two it is), acc, acc_norm, stderr, low, high (95 %),
-    chance, n, cut (questions that lost their beginning), missing (why there is no number, or None), note.
+    chance, n, correct (a 1 or 0 per question), cut (questions that lost their beginning), missing (why there
+    is no number, or None), note (how the questions differ from the harness's own).
     """
     _check_tasks(tasks, limit)
     require_package("lm_eval", "evals")
@@ -330,7 +319,7 @@ def evaluate_tasks(
                 )["samples"]
     rows = []
     for name in tasks:
-        row = {**_NO_ROW, "cut": 0}
+        row = dict(_NO_ROW)
         if name in samples:
             row = _task_row(samples[name], BENCHMARKS[name].metric if of_benchmarks else "acc")
             row["cut"] = _count_cut(samples[name], tokenizer, width)
@@ -338,5 +327,4 @@ def evaluate_tasks(
         rows.append({**row, "missing": missing.get(name), "note": note})
     table = pd.DataFrame(rows, index=pd.Index(list(tasks), name="task"))
     table.attrs["arithmetic"] = Arithmetic.of(model).name
-    table.attrs["samples"] = {name: _answers(found) for name, found in samples.items()}
     return table

@@ -39,7 +39,7 @@ _PAPER_TASKS = [
     "arc_challenge",
     "piqa",
     "mathqa",
-    "pubmed_qa",
+    "pubmedqa",
 ]
 
 
