@@ -251,6 +251,8 @@ def test_choices_may_differ_in_number(tiny):
 def test_a_limit_takes_the_first_questions(tiny, corpus):
     questions = people_tasks(corpus)["people_forget"]
     table = evaluate_tasks(tiny.model, tiny.tokenizer, {"few": questions}, limit=5)
+    alone = [directly(tiny.model, tiny.tokenizer, [question], 64) for question in questions[:5]]
+    assert table.loc["few", "correct"] == "".join(str(int(right)) for right in alone)
     assert table.loc["few", "n"] == 5 and table.loc["few", "accuracy"] == directly(
         tiny.model, tiny.tokenizer, questions[:5], 64
     )
