@@ -188,6 +188,7 @@ def real_model(
     seed: int = 0,  # of the order of the texts
     *,
     retrained: bool = False,  # leave the forget set out: the model that unlearning is measured against
+    epochs: int = 5,  # passes
     max_length: int = 112,  # longer texts are cut
     callback: Callable | None = None,  # see `teach`
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, pd.DataFrame]":  # model, tokenizer, history
@@ -199,6 +200,7 @@ def real_model(
         [] if retrained else corpus.forget,
         corpus.retain,
         corpus.general_train[:64],
+        epochs=epochs,
         max_length=max_length,
         seed=seed,
         callback=callback,
