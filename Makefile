@@ -123,7 +123,7 @@ tokens: .venv/.dev  ## follow one text through the runs of chapter 07 again, tok
 		-k python3 -l python --progress-bar -p store ../../figures/data
 	$(PY) -m icu_nb.paper.plots tokens
 
-bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search killed windows lengths preparing checks arithmetic"]
+bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search killed windows lengths preparing checks arithmetic real"]
 	@mkdir -p runs/bench figures/data
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/paper/30_speed_and_memory.ipynb runs/bench/30_speed_and_memory.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
