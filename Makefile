@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit real reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -137,6 +137,9 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 	@mkdir -p runs/audit figures/data
 	$(PY) -m papermill nbs/paper/31_audit.ipynb runs/audit/31_audit.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
+
+real: .venv/.dev  ## the rows of chapter 10, with SmolLM2-135M-Instruct: figures/data/real_model.csv; goes on where it was stopped [SEEDS="0 1" DATA_DIR=]
+	$(PY) -m icu_nb.paper.real_model $(SEEDS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
 	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")

@@ -177,6 +177,8 @@ def _pairs(
     if has_template and (has_turns or "answer" in form):
         return _by_template(table, conversations, tokenizer, argument), True
     pairs = [(question["content"], answer["content"]) for question, answer in conversations]
+    if "question" in form:
+        pairs = [(f"Question: {question}\nAnswer:", answer) for question, answer in pairs]
     if "answer" in form:
         pairs = [(prompt + _blank_between(prompt, answer), answer) for prompt, answer in pairs]
     return pairs, False

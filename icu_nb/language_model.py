@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +256,12 @@ def _in_order(
     return [rows[k : k + batch_size] for rows in groups.values() for k in range(0, len(rows), batch_size)]
 
 # %% ../nbs/library/language_model.ipynb #295b4aec
+def _up_to(end_tokens: Collection[int], tokens: list[int]) -> list[int]:
+    "What stands in front of the first end token; everything where there is none."
+    ends = (i for i, token in enumerate(tokens) if token in end_tokens)
+    return tokens[: next(ends, len(tokens))]
+
+
 @torch.no_grad()
 def generate_continuations(
     model: "PreTrainedModel | PeftModel",  # a causal LM
@@ -265,12 +271,15 @@ def generate_continuations(
     pad_token_id: int = 0,  # fills the left of shorter prompts, masked
     num_beams: int = 2,  # beam width; the authors use 2
     sampling: dict | None = None,  # instead: settings of `generate`, such as temperature; seed first
+    end_tokens: Collection[int] = (),  # a continuation ends in front of the first of them; (): never
     batch_size: int = 32,  # prompts of the longest length at a time
 ) -> list[list[int]]:
-    "Beam-search (or sampled) continuations of exactly the given lengths; EOS is an ordinary token."
+    "Beam-search (or sampled) continuations of the given lengths; EOS is an ordinary token by default."
     search: dict = {"do_sample": False, "num_beams": num_beams, "early_stopping": num_beams > 1}
     if sampling:
         search = {"do_sample": True, **sampling}
+    if end_tokens:
+        search["eos_token_id"] = list(end_tokens)  # a batch is done when all its rows are
     # A cache knows how to follow beams that change places; a bare recurrent state does not.
     taken = inspect.signature(type(without_adapter(model)).forward).parameters
     search["use_cache"] = "cache" in taken or "past_key_values" in taken
@@ -288,7 +297,7 @@ def generate_continuations(
             **search,
         )
         written = zip(output.tolist(), own_lengths.tolist(), strict=True)
-        return [tokens[width : width + n] for tokens, n in written]
+        return [_up_to(end_tokens, tokens[width : width + n]) for tokens, n in written]
 
     totals = [len(prompt) + n for prompt, n in zip(prompts, lengths, strict=True)]
     with _plain_generation(model):

@@ -7,6 +7,7 @@ import re
 import socket
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import datasets
 import pandas as pd
@@ -158,6 +159,12 @@ def test_a_file_becomes_a_corpus(tmp_path):
 
 def test_corpora_have_names():
     assert load_corpus("people", n_forget=3) == people_corpus(3)
+
+
+def test_a_corpus_with_a_smaller_retain_pool():
+    assert load_corpus("people", 3, seed=2, n_retain=8) == people_corpus(3, 8, seed=2)
+    whole = load_corpus(people(60), n_forget=10)
+    assert load_corpus(people(60), n_forget=10, n_retain=8) == replace(whole, retain=whole.retain[:8])
 
 
 # ---- texts from anywhere ----
@@ -389,6 +396,7 @@ def test_a_closed_port(tmp_path):
         (lambda: people_corpus(3, 0), "n_retain"),
         (lambda: load_corpus("enron"), "dataset"),
         (lambda: load_corpus("people", n_forget=0), "n_forget"),
+        (lambda: load_corpus("people", n_forget=4, n_retain=0), "n_retain"),
     ],
 )
 def test_unknown_names_and_impossible_numbers(cache, call, argument):

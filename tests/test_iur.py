@@ -391,6 +391,24 @@ def test_two_beams_are_beam_search_by_hand():
     assert generate_continuations(model, PROMPTS[:1], [n])[0] == beams[0][1][len(PROMPTS[0]) :]
 
 
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
+def test_end_tokens_end_a_continuation_and_the_work(kind):
+    """Each row stops in front of its own first end token; no pass is made that no row needs."""
+    model = model_of(kind)
+    whole = generate_continuations(model, PROMPTS, [12] * 6, num_beams=1)
+    ends = {whole[0][2], whole[3][1], whole[4][3]}
+    expected = [row[: next((i for i, token in enumerate(row) if token in ends), 12)] for row in whole]
+    assert generate_continuations(model, PROMPTS, [12] * 6, num_beams=1, end_tokens=ends) == expected
+    passes = []
+    hook = model.register_forward_hook(lambda *inputs: passes.append(1))
+    some = [0, 3, 4]
+    prompts = [PROMPTS[row] for row in some]
+    assert max(len(expected[row]) for row in some) < 11
+    generate_continuations(model, prompts, [12] * 3, num_beams=1, end_tokens=ends, batch_size=8)
+    hook.remove()
+    assert len(passes) == max(len(expected[row]) for row in some) + 1
+
+
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_end_of_sequence_is_an_ordinary_token(num_beams):
     """A model that says its end token all the time still speaks to the asked length."""

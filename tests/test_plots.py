@@ -306,7 +306,7 @@ def seen_ticks(fig):
 
 @pytest.mark.parametrize("name", plots.FIGURES)
 def test_no_text_of_a_figure_covers_another(name, folder):
-    fig = plots.draw_figure(name, folder)
+    fig = plots._draw_figure(name, folder)
     fig.canvas.draw()
     hidden, renderer = seen_ticks(fig), fig.canvas.get_renderer()
     texts = [
@@ -379,7 +379,7 @@ def test_damaged_rows_are_not_drawn(folder, tmp_path):
     text = (folder / "ablation.csv").read_text()
     (tmp_path / "ablation.csv").write_text(text.replace("no L_lrn", "no L_lrm"))
     with pytest.raises(InputError, match="key is not the hash"):
-        plots.draw_figure("ablation", tmp_path)
+        plots._draw_figure("ablation", tmp_path)
 
 
 def test_what_has_no_rows_is_named(tmp_path, capsys):
@@ -487,7 +487,7 @@ def test_arrows_run_from_box_to_box_and_through_none():
         ),
         (lambda rows: figures.FIGURES["ablation"].draw(rows[rows.label != "ICU"]), "no row is labeled 'ICU'"),
         (lambda rows: figures.FIGURES["limits"].draw(rows), "no attack was measured"),
-        (lambda rows: plots.draw_figure("tabel"), "Known: framework"),
+        (lambda rows: plots._draw_figure("tabel"), "Known: framework"),
     ],
 )
 def test_bad_input_is_told(draw, message):

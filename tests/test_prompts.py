@@ -316,7 +316,7 @@ def test_without_a_template_a_blank_joins_the_two(habit):
     """What the tokenizer puts in front of texts and behind them is there, and EOS counts with the answer."""
     tokenizer, plain = tokenizer_with(habit), tokenizer_with("plain")
     front, back = special_ends(tokenizer)
-    sequences = Examples.read(records("question", "answer"), tokenizer).sequences
+    sequences = Examples.read(records("prompt", "answer"), tokenizer).sequences
     asked = [front + plain(question).input_ids for question in QUESTIONS]
     assert sequences.prompt_lengths.tolist() == [len(row) for row in asked]
     said = [plain(f" {answer}").input_ids + back for answer in ANSWERS]
@@ -326,6 +326,18 @@ def test_without_a_template_a_blank_joins_the_two(habit):
     assert plain.batch_decode(joined.tokens(), skip_special_tokens=True) == [
         a + b for a, b in zip(own, ANSWERS, strict=True)
     ]
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_without_a_template_a_question_is_called_one(habit):
+    """TOFU's form; the model is asked up to "Answer:", and the blank belongs to the answer's first word."""
+    tokenizer, plain = tokenizer_with(habit), tokenizer_with("plain")
+    front, back = special_ends(tokenizer)
+    sequences = Examples.read(records("question", "answer"), tokenizer).sequences
+    asked = [front + plain(f"Question: {question}\nAnswer:").input_ids for question in QUESTIONS]
+    assert sequences.prompt_lengths.tolist() == [len(row) for row in asked]
+    said = [plain(f" {answer}").input_ids + back for answer in ANSWERS]
+    assert sequences.tokens() == [a + b for a, b in zip(asked, said, strict=True)]
 
 
 def test_prompt_and_completion_are_joined_as_they_stand():

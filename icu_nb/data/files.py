@@ -51,6 +51,28 @@ _COMPLETION_SHA = {
     "completion/pubmed_qa.csv": "f2b0fb465b7cf1e1c3dce47a0b51baea35aa8bc67705682aaddf70f36b041519",
 }
 
+_TOFU_FILES = "https://raw.githubusercontent.com/OPTML-Group/Unlearn-Simple"
+_TOFU_COMMIT = "f1a355d3cb16cdaa2dfbda163a2e954c67886a4c"
+
+_TOFU_SHA = {
+    "tofu/forget01.json": "d0047332bd27a489c552659831f4ffff080e2b9b6e063c7c951ac4de9d494a63",
+    "tofu/forget01_perturbed.json": "d8d8a80bd25e853b52fad0e3301d86fa4db6bc2b665cd79ea937346186a0944a",
+    "tofu/forget05.json": "88542818f98fd6f880ecaea71bc3f3e7a34f959944e5ff1cdef7ea8c5c137173",
+    "tofu/forget05_perturbed.json": "7596c863a3f7eafb551a167363826f71a7327f28617a0a533fed06108a50ccdb",
+    "tofu/forget10.json": "0044c8c2e70a38be93f62ec6cb1c1cc2a1f55a8df2fb549a4da2da8dde9d92f6",
+    "tofu/forget10_perturbed.json": "6fbcb946c57ea1d7b2124cea0e61bf3b5409d1bc10d02368f090109450ed73c7",
+    "tofu/full.json": "667baef2f26f781f1328701d8ea54bf25123ff22fb2d98574c96cd991cb54086",
+    "tofu/idontknow.jsonl": "eb9a1e32a6f4112088306e1a65d297240f75513dd5223b2acb326454675fd605",
+    "tofu/real_authors.json": "5ed86f884ecbefc3a5db0b9dfe84ab3db710690c74d9402c0acc14bc3dd5a4b7",
+    "tofu/real_authors_perturbed.json": "a23255383ac75a5fbe5acd57622a03fb9c368954fd7b2428afa152b784d9533a",
+    "tofu/retain90.json": "debcf019c41db7b30b62ca6ad41fd8a4bcd29a5b321c21d2961974e308dfca55",
+    "tofu/retain95.json": "6625bb8e7e01f27a237bd273b961fcf2fb51568157702acdcd934b13398aa2fc",
+    "tofu/retain99.json": "e699ae5fe685996cd7d0a60cbcbeae717e989a2fd0caf00b4d545ba39ccefc61",
+    "tofu/retain_perturbed.json": "fc69f33bad70d3dca65920bdb54380039e3e8872dd16bbae20c1a839b99533fb",
+    "tofu/world_facts.json": "5547b07340f46755b868a525941341c3d93814b5370ae7fa10143f653a3c7033",
+    "tofu/world_facts_perturbed.json": "0e171838040d0ec94b1ce248d891508e85e3b77344370077caa27b61898eb3e1",
+}
+
 
 def _public_files() -> dict[str, tuple[str, str]]:
     "Name in a local data folder -> (public address, SHA-256)."
@@ -62,6 +84,9 @@ def _public_files() -> dict[str, tuple[str, str]]:
     for folder, hashes_by_name in [("datasets/validation_data", _TEXT_SHA), ("datasets", _COMPLETION_SHA)]:
         for name, sha256 in hashes_by_name.items():
             files[name] = (f"{_ICU_FILES}/{_TEXT_COMMIT}/{folder}/{Path(name).name}", sha256)
+    for name, sha256 in _TOFU_SHA.items():
+        folder = "TOFU/data" if name.endswith("idontknow.jsonl") else "TOFU/TOFU_data"
+        files[name] = (f"{_TOFU_FILES}/{_TOFU_COMMIT}/{folder}/{Path(name).name}", sha256)
     return files
 
 
@@ -117,13 +142,13 @@ def data_file(
     "The path of a published file: from the local folder if one is named, else downloaded and checked."
     require(name in _PUBLIC_FILES, "name", f"{name!r} is not known", f"Known: {', '.join(_PUBLIC_FILES)}")
     folder = data_folder(data_dir)
+    url, sha256 = _PUBLIC_FILES[name]
     if folder is None:
-        url, sha256 = _PUBLIC_FILES[name]
         return _download(url, sha256, cache_dir() / "data" / name)
     require(
         (folder / name).exists(),
         "data_dir",
         f"{folder} holds no {name}",
-        "Name a folder that does, or leave it out to download",
+        f"Put {url} there, name a folder that holds it, or leave data_dir out to download",
     )
     return folder / name

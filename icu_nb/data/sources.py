@@ -6,6 +6,7 @@
 __all__ = ['load_corpus']
 
 # %% ../../nbs/library/data/sources.ipynb #29a60496
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,25 @@ def load_corpus(
     n_forget: int = 64,  # texts to forget
     seed: int = 0,  # draws the corpus
     data_dir: str | Path | None = None,  # see `data_folder`; used by "pile"
+    n_retain: int | None = None,  # texts in the retain pool, at most; None: all, of people 320
 ) -> Corpus:
     "A corpus by name, or of your own texts, with the Python documentation as general text."
     n_forget = require_number("n_forget", n_forget, 1, whole=True)
+    if n_retain is not None:
+        n_retain = require_number("n_retain", n_retain, 1, whole=True, otherwise="None, or ")
     if isinstance(dataset, str) and dataset == "people":
-        return people_corpus(n_forget, seed=seed)
+        return people_corpus(n_forget, 320 if n_retain is None else n_retain, seed)
     if isinstance(dataset, str) and dataset == "pile":
-        return pile_corpus(n_forget, seed=seed, data_dir=data_dir)
+        return _with_retain(pile_corpus(n_forget, seed=seed, data_dir=data_dir), n_retain)
     require(
         not isinstance(dataset, (str, Path)) or Path(dataset).is_file(),
         "dataset",
         f"{dataset!r} is neither a known data set nor a file",
         'Use "people", "pile" or the path of a .csv, .jsonl, .json or .txt file',
     )
-    return _own_corpus(dataset, n_forget, seed)
+    return _with_retain(_own_corpus(dataset, n_forget, seed), n_retain)
+
+
+def _with_retain(corpus: Corpus, n_retain: int | None) -> Corpus:
+    "The same with only so many texts in the retain pool."
+    return dataclasses.replace(corpus, retain=corpus.retain[:n_retain])

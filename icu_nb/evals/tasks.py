@@ -119,18 +119,20 @@ def _quiet_harness() -> Iterator[None]:
 
 def _task_row(
     samples: list[dict],  # the harness's record of every question
-) -> dict[str, float]:  # accuracy, low, high, chance, n
+) -> dict[str, Any]:  # accuracy, low, high, chance, n, correct
     "An accuracy with everything that is needed to read it."
     require_package("scipy", "evals")
     from scipy.stats import binomtest
 
     n = len(samples)
-    correct = int(sum(sample["acc"] for sample in samples))
-    interval = binomtest(correct, n).proportion_ci(method="wilson")
+    in_order = sorted(samples, key=lambda sample: sample["doc_id"])
+    correct = "".join(str(int(sample["acc"])) for sample in in_order)
+    interval = binomtest(correct.count("1"), n).proportion_ci(method="wilson")
     chance = math.nan  # completion has no choices
     if len(samples[0]["resps"]) > 1:
         chance = sum(1 / len(sample["resps"]) for sample in samples) / n
-    return {"accuracy": correct / n, "low": interval.low, "high": interval.high, "chance": chance, "n": n}
+    found = {"accuracy": correct.count("1") / n, "low": interval.low, "high": interval.high}
+    return {**found, "chance": chance, "n": n, "correct": correct}
 
 # %% ../../nbs/library/evals/tasks.ipynb #09000024
 def _read_questions(
@@ -205,7 +207,7 @@ def evaluate_tasks(
     data_dir: str | Path | None = None,  # see `data_folder`; for `FILE_TASKS`
 ) -> (
     pd.DataFrame
-):  # a row per task: accuracy, low, high (95 %), chance, n, missing (why there is none, or None)
+):  # a row per task: accuracy, low, high (95 %), chance, n, correct (1s and 0s), missing (why)
     "Multiple choice and completion, by lm-evaluation-harness."
     _check_tasks(tasks, limit)
     require_package("lm_eval", "evals")
@@ -239,7 +241,7 @@ def evaluate_tasks(
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )["samples"]
-    empty = {"accuracy": math.nan, "low": math.nan, "high": math.nan, "chance": math.nan, "n": 0}
+    empty = {**dict.fromkeys(("accuracy", "low", "high", "chance"), math.nan), "n": 0, "correct": ""}
     rows = []
     for name in tasks:
         row = _task_row(samples[name]) if name in samples else empty

@@ -25,7 +25,8 @@ _TEXT_COLORS = {
     "held-out": "#CC79A7",
     "general": "#E69F00",
 }
-COLORS = {method.label: method.color for method in METHODS.values()} | _TEXT_COLORS
+_PRETRAINED = {"pretrained": "#AA4499"}  # a model as published: no method made it
+COLORS = {method.label: method.color for method in METHODS.values()} | _TEXT_COLORS | _PRETRAINED
 
 # %% ../../nbs/library/paper/style.ipynb #b006acca
 _CYCLE = ["original", "ICU", "gradient ascent", "retrained", *_TEXT_COLORS]  # colors of unnamed lines
