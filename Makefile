@@ -33,7 +33,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit real reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -129,7 +129,7 @@ tokens: .venv/.dev  ## follow one text through the runs of chapter 07 again, tok
 		-k python3 -l python --progress-bar -p store ../../figures/data
 	$(PY) -m icu_nb.paper.plots tokens
 
-bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search killed windows lengths preparing checks arithmetic"]
+bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search killed windows lengths preparing checks arithmetic real"]
 	@mkdir -p runs/bench figures/data
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/paper/30_speed_and_memory.ipynb runs/bench/30_speed_and_memory.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
@@ -143,6 +143,9 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 	@mkdir -p runs/audit figures/data
 	$(PY) -m papermill nbs/paper/31_audit.ipynb runs/audit/31_audit.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
+
+real: .venv/.dev  ## the rows of chapter 10, with SmolLM2-135M-Instruct: figures/data/real_model.csv; goes on where it was stopped [SEEDS="0 1" DATA_DIR=]
+	$(PY) -m icu_nb.paper.real_model $(SEEDS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
 	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
