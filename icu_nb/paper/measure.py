@@ -76,9 +76,9 @@ def _utility_columns(
         limit=settings.limit,
         data_dir=files.data_dir,
     )
-    dropped = ["suite", "limit"]
+    dropped = ["suite", "limit", "arithmetic"]
     if from_files:
-        dropped.append("classification")  # the paper's average is over nine tasks
+        dropped += ["classification", "se_classification"]  # the paper's average is over nine tasks
     return row.drop(columns=dropped).iloc[0].to_dict()
 
 # %% ../../nbs/library/paper/measure.ipynb #bf69b7f2
