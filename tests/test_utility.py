@@ -23,7 +23,7 @@ from icu_nb.errors import InputError
 from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, _unigram_f1, dialogue_scores
 from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
 from icu_nb.evals.tasks import evaluate_tasks
-from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility
+from icu_nb.evals.utility import evaluate_utility
 from icu_nb.metrics import perplexity
 
 pytest.importorskip("lm_eval")
@@ -481,7 +481,7 @@ def test_what_could_not_run_is_missing_and_never_zero(tiny, paper_files, no_netw
     }
     errors = {f"se_{name}" for name in measured}
     assert {*row.dropna().index} == {"suite", "limit", "arithmetic", *measured, *errors}
-    columns = {*measured, *(f"acc_{name}" for name in _PAPER_TASKS), "f1_wizard_of_internet"}
+    columns = {*measured, *(f"acc_{name}" for name in BENCHMARKS), "f1_wizard_of_internet"}
     columns |= {"classification", "dialogue"}
     assert {*row.index} == {"suite", "limit", "arithmetic", *columns, *(f"se_{name}" for name in columns)}
 
@@ -491,7 +491,7 @@ def test_the_papers_averages_fall_out_of_a_whole_row(tiny, paper_files, no_netwo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=paper_files).loc[0]
-    assert row["classification"] == pytest.approx(np.mean([row[f"acc_{name}"] for name in _PAPER_TASKS]))
+    assert row["classification"] == pytest.approx(np.mean([row[f"acc_{name}"] for name in BENCHMARKS]))
     assert (
         row["dialogue"] == pytest.approx(np.mean([row[f"f1_{name}"] for name in DIALOGUES]))
         and row.drop("limit").filter(regex="^(?!se_)").notna().all()
