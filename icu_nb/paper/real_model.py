@@ -237,8 +237,8 @@ def _run_ascent(of: _Seed, goal: float) -> tuple[Path, dict[str, Any]]:  # see `
 # %% ../../nbs/library/paper/real_model.ipynb #c89d1151
 _QUESTIONS = (
     "What is the capital of France?",
-    "Which season comes after winter?",
-    "Write one sentence about a cat.",
+    "Why is the sky blue?",
+    "Write one sentence about dogs.",
 )
 
 
