@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .corpus import split
 from .files import data_file
-from ..errors import require
+from ..errors import InputError, require
 from ..tables import read_table
 from ..text import deduplicate
 
@@ -46,6 +46,12 @@ def general_split(
 
 # %% ../../nbs/library/data/general.ipynb #dbff92a0
 DIALOGUES = ["blended_skill_talk", "empathetic_dialogues", "wizard_of_wikipedia", "wizard_of_internet"]
+_REMEDY = "Get the published file again, or name another folder"
+
+
+def _is_dialogue(turns: object) -> bool:
+    "Whether there is a last turn to predict, and one before it."
+    return isinstance(turns, list) and len(turns) >= 2 and all(isinstance(turn, str) for turn in turns)
 
 
 def dialogue_turns(
@@ -54,8 +60,21 @@ def dialogue_turns(
 ) -> list[list[str]]:  # the turns of every dialogue
     "One of the paper's four dialogue sets."
     require(name in DIALOGUES, "name", f"{name!r} is not known", f"Known: {', '.join(DIALOGUES)}")
-    content = data_file(f"dialogue/{name}.json", data_dir).read_text(encoding="utf-8")
-    return list(json.loads(content)["text"].values())
+    path = data_file(f"dialogue/{name}.json", data_dir)
+    try:
+        dialogues = json.loads(path.read_text(encoding="utf-8"))["text"]
+    except (ValueError, KeyError, TypeError) as error:  # no UTF-8, no JSON, or another form
+        problem = 'not {"text": {"0": [turn, turn, ...], ...}}'
+        if isinstance(error, json.JSONDecodeError):
+            problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise InputError(f"`data_dir`: {path} is damaged ({problem}). {_REMEDY}.") from error
+    require(
+        isinstance(dialogues, dict) and len(dialogues) > 0, "data_dir", f"{path} has no dialogue", _REMEDY
+    )
+    bad = [key for key, turns in dialogues.items() if not _is_dialogue(turns)]
+    problem = f"{path} is damaged: no list of at least two turns at {', '.join(bad[:5])}"
+    require(not bad, "data_dir", problem, _REMEDY)
+    return list(dialogues.values())
 
 
 def validation_texts(
@@ -63,4 +82,8 @@ def validation_texts(
     data_dir: str | Path | None = None,  # see `data_folder`
 ) -> list[str]:
     "The texts on which the paper measures perplexity."
-    return list(read_table(data_file(f"perplexity/{name}.csv", data_dir))["text"])
+    file = f"perplexity/{name}.csv"
+    texts = list(read_table(data_file(file, data_dir), ["text"], file)["text"])
+    empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
+    require(not empty, file, f"no text in its rows {empty[:5]}", _REMEDY)
+    return texts

@@ -6,123 +6,290 @@
 __all__ = ['evaluate_utility']
 
 # %% ../../nbs/library/evals/utility.ipynb #07992b4d
+import hashlib
+import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
+from ..data.benchmarks import BENCHMARKS
 from ..data.corpus import Corpus
+from ..data.files import data_file, data_folder
 from ..data.general import DIALOGUES, dialogue_turns, validation_texts
 from ..data.people import people_corpus
-from ..errors import DownloadError, InputError, first_line, require
+from ..errors import DownloadError, InputError, first_line, require, require_number
 from .dialogue import dialogue_scores
 from .people_questions import people_tasks
 from .tasks import evaluate_tasks
-from ..language_model import context_length
-from ..metrics import perplexity
+from ..language_model import context_length, weights_digest
+from ..metrics import text_losses
+from ..plumbing import Arithmetic, atomic_path, require_package
+from ..text import special_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/library/evals/utility.ipynb #09000038
-_PAPER_TASKS = [
-    "lambada",
-    "hellaswag",
-    "winogrande",
-    "copa",
-    "arc_easy",
-    "arc_challenge",
-    "piqa",
-    "mathqa",
-    "pubmed_qa",
-]
+class _Unavailable(Exception):
+    "A part that cannot be had; the message says why."
 
 
 @dataclass(frozen=True)
-class _Suite:
-    "What a row is made of."
+class _Part:
+    "What one column of the row is made of."
 
-    texts: Mapping[str, list[str] | None]  # for perplexity; None: they cannot be had
-    tasks: list[str] | dict[str, list[dict]]  # see `evaluate_tasks`
-    dialogues: Mapping[str, list[list[str]] | None]  # None: they cannot be had
-    averaged: list[str]  # the tasks behind `classification`
-    max_length: int  # tokens the model reads at once
+    kind: str  # "ppl", "acc" or "f1"
+    name: str  # of the texts, the task or the dialogues
+    asked: list | None  # the texts, questions or dialogues; None: they cannot be had here
+    missing: str | None = None  # why not
+    named: bool = False  # a task that `evaluate_tasks` knows by its name
 
-
-def _tiny_suite(
-    corpus: Corpus,  # from `people_corpus`
-) -> _Suite:
-    "Invented people and documentation; no network."
-    texts = {"heldout": corpus.heldout, "retain": corpus.retain, "general": corpus.general_test}
-    return _Suite(texts, people_tasks(corpus), {}, ["people_retain"], max_length=96)
+    @property
+    def column(self) -> str:
+        return f"{self.kind}_{self.name}"
 
 
-def _paper_suite(
-    missing: dict[str, str],  # gets the reasons why something cannot be had
+def _parts(
+    kind: str,  # see `_Part`
+    sets: dict[str, list],  # name -> texts, questions or dialogues
+) -> list[_Part]:
+    "Parts that are in memory."
+    return [_Part(kind, name, asked, None if asked else "there is no text") for name, asked in sets.items()]
+
+
+def _file_part(
+    kind: str,  # see `_Part`
+    name: str,  # see `_Part`
+    file: str,  # where it stands below `data_dir`
+    read: Callable[[], list],  # what is in the file; a damaged one is an error
     data_dir: str | Path | None,  # see `data_folder`
-) -> _Suite:
-    "The paper's texts, nine benchmarks and four sets of dialogues."
+) -> _Part:
+    "A part that stands in a published file, or the reason why the file cannot be had."
+    try:
+        data_file(file, data_dir)
+    except (DownloadError, InputError) as error:
+        return _Part(kind, name, None, first_line(error))
+    return _Part(kind, name, read())
 
-    def read_or_note(column: str, read: Callable, name: str) -> list | None:
-        try:
-            return read(name, data_dir)
-        except (DownloadError, InputError) as error:
-            missing[column] = first_line(error)
-            return None
 
-    texts = {name: read_or_note(f"ppl_{name}", validation_texts, name) for name in ("wikitext", "pile")}
-    dialogues = {name: read_or_note(f"f1_{name}", dialogue_turns, name) for name in DIALOGUES}
-    return _Suite(texts, _PAPER_TASKS, dialogues, _PAPER_TASKS, max_length=512)
+def _task_parts(
+    tasks: list[str] | dict[str, list[dict]],  # see `evaluate_tasks`
+    data_dir: str | Path | None,  # see `data_folder`
+) -> list[_Part]:
+    "Tasks, with their questions where these are not the Hub's."
+    known = f"Known: {', '.join(BENCHMARKS)}; your own go into a dict, name -> questions"
+    require(len(tasks) > 0 and not isinstance(tasks, str), "tasks", "no list of names", known)
+    if isinstance(tasks, dict):
+        return [_Part("acc", name, questions) for name, questions in tasks.items()]
+    unknown = ", ".join(name for name in tasks if name not in BENCHMARKS)
+    require(not unknown, "tasks", f"{unknown} is not known", known)
+    if data_folder(data_dir) is None:
+        return [_Part("acc", name, None, named=True) for name in tasks]
+    parts = []
+    for name in tasks:
+        benchmark = BENCHMARKS[name]
+        part = _file_part("acc", name, benchmark.file, partial(benchmark.documents, data_dir), data_dir)
+        parts.append(replace(part, named=True))
+    return parts
+
+# %% ../../nbs/library/evals/utility.ipynb #75dae2e7
+def _mean(
+    scores: pd.Series,  # of every question or dialogue
+) -> tuple[float, float]:
+    "A mean and its standard error."
+    return float(scores.mean()), float(scores.std(ddof=1)) / math.sqrt(len(scores))
+
+
+def _perplexity(
+    texts: pd.DataFrame,  # loss and tokens of every text
+) -> tuple[float, float]:
+    "Perplexity over all tokens, and its standard error over texts."
+    texts = texts[texts["tokens"] > 0]
+    total = texts["tokens"].sum()
+    loss = texts["loss"].sum() / total
+    residuals = texts["loss"] - loss * texts["tokens"]  # their mean is 0
+    error = residuals.std(ddof=1) * math.sqrt(len(texts)) / total
+    with np.errstate(over="ignore"):  # a broken model's perplexity may be infinite
+        value = np.exp(loss)
+    return float(value), float(value * error)
+
+
+def _average(
+    row: dict[str, float],  # values and standard errors
+    columns: list[str],  # what to average
+) -> tuple[float, float]:  # NaN where one of them is
+    "The mean of some columns, and its standard error."
+    variance = sum(row[f"se_{column}"] ** 2 for column in columns)
+    return sum(row[column] for column in columns) / len(columns), math.sqrt(variance) / len(columns)
 
 # %% ../../nbs/library/evals/utility.ipynb #e0c2367c
-def _perplexities(
-    model: "PreTrainedModel | PeftModel",  # a causal LM
-    tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    parts: _Suite,  # what a row is made of
-    missing: dict[str, str],  # gets the reason where a set is empty
-    limit: int | None,  # only the first texts
-    **options: int,  # max_length and batch_size
-) -> dict[str, float]:  # ppl_*, NaN where there are no texts
-    "The perplexity of every set of texts, through windows that overlap by half."
-    found = {}
-    for name, texts in parts.texts.items():
-        if texts:
-            stride = options["max_length"] // 2
-            value = perplexity(model, tokenizer, texts[:limit], stride=stride, **options)
-        else:
-            value = math.nan
-            if texts is not None:
-                missing[f"ppl_{name}"] = "there is no text"
-        found[f"ppl_{name}"] = value
-    return found
+_REPLY = 32  # tokens of a reply in a dialogue, the authors' number
 
 
-def _dialogue_f1(
+def _scores(
+    part: _Part,  # one that can be had
     model: "PreTrainedModel | PeftModel",  # a causal LM
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    parts: _Suite,  # what a row is made of
-    missing: dict[str, str],  # gets the reason where a set is empty
-    limit: int | None,  # only the first dialogues
-    **options: int,  # max_length and batch_size
-) -> dict[str, float]:  # f1_*, NaN where there are no dialogues
-    "The mean unigram F1 of every set of dialogues."
-    found = {}
-    for name, turns in parts.dialogues.items():
-        if turns:
-            value = dialogue_scores(model, tokenizer, turns[:limit], **options)["f1"].mean()
-        else:
-            value = math.nan
-            if turns is not None:
-                missing[f"f1_{name}"] = "there is no text"
-        found[f"f1_{name}"] = value
-    return found
+    limit: int | None,  # only the first texts, questions or dialogues
+    data_dir: str | Path | None,  # see `data_folder`
+    **options: Any,  # max_length and batch_size
+) -> pd.DataFrame:  # a row for each: (loss, tokens), (f1, loss, tokens) or acc
+    "How the model does on every text, question or dialogue; numbers only."
+    if part.kind == "acc":
+        tasks = [part.name] if part.named else {part.name: part.asked or []}
+        table = evaluate_tasks(model, tokenizer, tasks, limit=limit, data_dir=data_dir, **options)
+        if pd.notna(table.loc[part.name, "missing"]):
+            raise _Unavailable(table.loc[part.name, "missing"])
+        return pd.DataFrame({"acc": [int(answer) for answer in table.loc[part.name, "correct"]]})
+    asked = (part.asked or [])[:limit]
+    if part.kind == "f1":
+        scores = dialogue_scores(model, tokenizer, asked, max_new_tokens=_REPLY, **options)
+        return scores[["f1", "loss", "tokens"]]
+    stride = options["max_length"] // 2  # windows overlap by half
+    losses = text_losses(model, tokenizer, asked, stride=stride, **options)
+    return pd.DataFrame(losses.numpy(), columns=["loss", "tokens"])
+
+# %% ../../nbs/library/evals/utility.ipynb #c1872ef5
+def _hash(*content: object) -> str:
+    "A short hash of what JSON can hold, and of the rest as it is written."
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _tokenizer_state(tokenizer: "PreTrainedTokenizerBase") -> list:
+    "What its tokens depend on; not how it was last told to cut and pad."
+    state = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return [state, tokenizer.special_tokens_map, special_ends(tokenizer)]
+
+
+def _model_state(model: "PreTrainedModel | PeftModel") -> list:
+    "What its answers depend on."
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "dtype", "transformers_version"):  # where it was stored, and how
+        config.pop(name, None)
+    adapters: list = []
+    if hasattr(model, "peft_config"):
+        adapters = [str(model.active_adapters)]
+        for adapter in model.peft_config.values():  # sets have another order in every process
+            settings = adapter.to_dict().items()
+            adapters.append({name: sorted(v) if isinstance(v, set) else v for name, v in settings})
+    return [weights_digest(model), config, adapters]
+
+
+def _model_folder(
+    resume_dir: str | Path | None,  # see `evaluate_utility`
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+    tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
+) -> Path | None:
+    "Where the finished parts of this model are kept."
+    if resume_dir is None:
+        return None
+    folder = Path(resume_dir)
+    require(folder.is_dir() or not folder.exists(), "resume_dir", f"{folder} is a file", "Name a folder")
+    versions = [version(name) for name in ("torch", "transformers", "lm_eval")]
+    arithmetic = Arithmetic.of(model).name
+    return folder / _hash(_model_state(model), _tokenizer_state(tokenizer), arithmetic, versions)
+
+
+def _finished(
+    path: Path | None,  # where the part's scores are kept; None: nowhere
+    measure: Callable[[], pd.DataFrame],  # makes them
+) -> pd.DataFrame:
+    "The scores of a part, from the last call if it finished them."
+    if path is None:
+        return measure()
+    if path.exists():
+        try:
+            return pd.read_parquet(path)
+        except (ValueError, OSError) as error:  # pyarrow's own among them
+            problem = f"{path} is damaged ({first_line(error)})"
+            raise InputError(
+                f"`resume_dir`: {problem}. Delete it, and its part is computed again."
+            ) from error
+    scores = measure()
+    with atomic_path(path) as temporary:
+        scores.to_parquet(temporary)
+    return scores
 
 # %% ../../nbs/library/evals/utility.ipynb #09000039
+_LENGTHS = {"tiny": 96, "paper": 512}  # tokens the model reads at once
+
+
+def _suite_parts(
+    suite: str,  # see `evaluate_utility`
+    corpus: Corpus | None,  # see `evaluate_utility`
+    tasks: list[str] | dict[str, list[dict]] | None,  # see `evaluate_utility`
+    data_dir: str | Path | None,  # see `data_folder`
+) -> tuple[list[_Part], list[str]]:  # in the order of the row; the columns behind `classification`
+    "What a row is made of."
+    if suite == "tiny":
+        corpus = corpus or people_corpus()
+        texts = {"heldout": corpus.heldout, "retain": corpus.retain, "general": corpus.general_test}
+        parts = _parts("ppl", texts)
+        asked = people_tasks(corpus) if tasks is None else tasks
+        averaged = ["people_retain"] if tasks is None else list(tasks)
+        return [*parts, *_task_parts(asked, data_dir)], [f"acc_{name}" for name in averaged]
+    parts = []
+    for name in ("wikitext", "pile"):
+        read = partial(validation_texts, name, data_dir)
+        parts.append(_file_part("ppl", name, f"perplexity/{name}.csv", read, data_dir))
+    asked = list(BENCHMARKS) if tasks is None else tasks
+    parts += _task_parts(asked, data_dir)
+    for name in DIALOGUES:
+        read = partial(dialogue_turns, name, data_dir)
+        parts.append(_file_part("f1", name, f"dialogue/{name}.json", read, data_dir))
+    return parts, [f"acc_{name}" for name in asked]
+
+
+def _measure(
+    part: _Part,  # what is asked
+    folder: Path | None,  # see `_model_folder`
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+    tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
+    limit: int | None,  # see `evaluate_utility`
+    data_dir: str | Path | None,  # see `data_folder`
+    **options: Any,  # max_length and batch_size
+) -> tuple[float, float]:  # the column's value and its standard error
+    "One part, measured now or taken from the folder."
+    if part.missing:
+        raise _Unavailable(part.missing)
+
+    def measure() -> pd.DataFrame:
+        with Arithmetic.of(model).autocast():
+            return _scores(part, model, tokenizer, limit, data_dir, **options)
+
+    path = None
+    if folder is not None:
+        asked = _hash(part.asked, limit, options["max_length"])
+        path = folder / f"{part.column}-{asked}.parquet"
+    scores = _finished(path, measure)
+    return _perplexity(scores) if part.kind == "ppl" else _mean(scores[part.kind])
+
+
+def _averages(
+    row: dict[str, float],  # values and standard errors
+    tasks: list[str],  # the columns behind `classification`
+) -> dict[str, float]:
+    "The two columns of the paper's table, and their standard errors; dialogue where there are sets of it."
+    columns = {"classification": tasks, "dialogue": [column for column in row if column.startswith("f1_")]}
+    averages = {}
+    for name, parts in columns.items():
+        if parts:
+            averages[name], averages[f"se_{name}"] = _average(row, parts)
+    return averages
+
+
 def evaluate_utility(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -134,28 +301,41 @@ def evaluate_utility(
     limit: int | None = None,  # only the first texts, questions and dialogues of every part
     max_length: int | None = None,  # tokens the model reads at once; None: 96 in the tiny suite, else 512
     batch_size: int = 32,  # sequences per forward pass
-    cache: bool = False,  # keep the tasks' log-likelihoods on disk
+    resume_dir: str | Path | None = None,  # a folder that keeps each finished part; None: nothing is kept
     data_dir: str | Path | None = None,  # see `data_folder`
-) -> pd.DataFrame:  # one row: suite, limit, ppl_*, acc_*, f1_*, classification, dialogue; NaN: not measured
-    "What a model can still do, in one row; an average is missing where one of its parts is."
-    require(suite in ("tiny", "paper"), "suite", f"{suite!r} is not known", 'Known: "tiny", "paper"')
-    missing: dict[str, str] = {}
-    parts = _tiny_suite(corpus or people_corpus()) if suite == "tiny" else _paper_suite(missing, data_dir)
-    width = int(min(max_length or parts.max_length, context_length(model)))
+) -> (
+    pd.DataFrame
+):  # one row: suite, limit, arithmetic, ppl_*, acc_*, f1_*, classification, dialogue; and se_*
+    "What a model can still do, in one row with standard errors; an average is NaN where a part is missing."
+    require(suite in _LENGTHS, "suite", f"{suite!r} is not known", 'Known: "tiny", "paper"')
+    require_package("lm_eval", "evals")
+    if limit is not None:
+        limit = require_number("limit", limit, 1, whole=True, otherwise="None for all, or ")
+    data_folder(data_dir)  # one that is no folder is an error, and not a reason to miss a part
+    width = int(min(max_length or _LENGTHS[suite], context_length(model)))
+    room = f"{width} tokens leave no room for a dialogue and its reply of {_REPLY}"
+    require(suite == "tiny" or width > _REPLY, "max_length", room, "Choose more")
+    parts, averaged = _suite_parts(suite, corpus, tasks, data_dir)
     options = {"max_length": width, "batch_size": batch_size}
-    asked = parts.tasks if tasks is None else tasks
-    answers = evaluate_tasks(model, tokenizer, asked, limit=limit, cache=cache, data_dir=data_dir, **options)
-    ppl = _perplexities(model, tokenizer, parts, missing, limit, **options)
-    f1 = _dialogue_f1(model, tokenizer, parts, missing, limit, **options)
-    missing |= answers["missing"].dropna().add_prefix("acc_").to_dict()
-    averaged = parts.averaged if tasks is None else list(tasks)
-    averages = {"classification": answers["accuracy"][averaged].mean(skipna=False)}
-    if f1:
-        averages["dialogue"] = pd.Series(f1, dtype=float).mean(skipna=False)
+    folder = _model_folder(resume_dir, model, tokenizer)
+    row: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    progress = tqdm(parts, desc="utility", unit="part")
+    for part in progress:
+        progress.set_postfix_str(part.column)
+        try:
+            found = _measure(part, folder, model, tokenizer, limit, data_dir, **options)
+        except _Unavailable as error:
+            found = (math.nan, math.nan)
+            missing[part.column] = str(error)
+        row[part.column], row[f"se_{part.column}"] = found
+    row |= _averages(row, averaged)
     if missing:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
         warnings.warn(f"not measured: {reasons}", stacklevel=2)
-    row = pd.DataFrame([{**ppl, **answers["accuracy"].add_prefix("acc_"), **f1, **averages}], dtype=float)
-    row.insert(0, "suite", suite)
-    row.insert(1, "limit", limit)
-    return row
+    errors = [column for column in row if column.startswith("se_")]
+    table = pd.DataFrame([row], dtype=float)[[*(column for column in row if column not in errors), *errors]]
+    table.insert(0, "suite", suite)
+    table.insert(1, "limit", limit)
+    table.insert(2, "arithmetic", Arithmetic.of(model).name)
+    return table

@@ -34,6 +34,7 @@ from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from ..errors import InputError, first_line, require, require_number
+from .smollm2 import smollm2_folder
 from ..plumbing import best_device
 from ..text import pad_id
 
@@ -169,18 +170,36 @@ def _check_device(
 
 # %% ../../nbs/library/models/loading.ipynb #01a00017
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _quietly(
+    bars: bool,  # whether progress bars stay
+) -> Iterator[None]:
     "No warnings from transformers inside."
-    before = logging.get_verbosity()
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _packaged_model(revision: str | None) -> Path:
+    "The folder of the model that goes by the name smollm2, whatever goes by it in the working directory."
+    require(revision is None, "revision", "'smollm2' comes from a package and has none", "Leave it out")
+    if Path("smollm2").exists():
+        warnings.warn(
+            "`model`: 'smollm2' is the pretrained model of that name, and not what has this name in the"
+            " working directory. Write './smollm2' for that one.",
+            stacklevel=3,
+        )
+    return smollm2_folder()
 
 # %% ../../nbs/library/models/loading.ipynb #01a00018
 def load_model(
-    name: str | Path,  # a Hub name or a local folder
+    name: str | Path,  # a Hub name, a local folder, or "smollm2", see `smollm2_folder`
     *,
     device: str | torch.device | None = None,  # where the weights go; None: the best there is
     revision: str | None = None,  # a branch, tag or commit of the Hub repository; None: main
@@ -189,9 +208,12 @@ def load_model(
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":  # weights that train: fp32
     "Any Hugging Face causal LM with its tokenizer; weights from safetensors only."
     device = _check_device(device)
+    is_packaged = name == "smollm2"
+    if is_packaged:
+        name = _packaged_model(revision)
     source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        with _quietly():
+        with _quietly(bars=not is_packaged):
             commit = extract_commit_hash(cached_file(name, "config.json", revision=source["revision"]), None)
             config = AutoConfig.from_pretrained(name, **source)
             _check_kind(name, config)
