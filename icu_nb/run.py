@@ -611,12 +611,13 @@ class Reports:
         if report_to:
             settings = {name: value for name, value in vars(run.config).items() if value is not None}
             run.accelerator.init_trackers("icu_nb", settings)
+        hidden = {} if run.accelerator.is_main_process else {"disable": True}  # TQDM_DISABLE may hide it, too
         self.bar = tqdm(
             total=run.config.max_epochs,
             initial=max(done, 0),
             desc=f"unlearn (original model: {run.reference})",
             unit="epoch",
-            disable=not run.accelerator.is_main_process,
+            **hidden,
         )
 
     def __enter__(self) -> "Reports":

@@ -131,9 +131,9 @@ def teach(
     background: Any,  # seen once an epoch: the same forms
     general: list[str],  # texts on which the model stays as it is, beside as many that it writes itself
     *,
-    repeats: int = 4,  # how often each of `texts` is seen an epoch
+    repeats: int = 5,  # how often each of `texts` is seen an epoch
     epochs: int = 5,  # passes
-    learning_rate: float = 1e-4,  # peak learning rate of AdamW, warmed up and cosine-decayed
+    learning_rate: float = 2.5e-4,  # peak learning rate of AdamW, warmed up and cosine-decayed
     batch_size: int = 8,  # texts per step, and general texts per step
     max_length: int = 112,  # longer texts are cut
     seed: int = 0,  # of the order of the texts, and of what the model writes
@@ -188,6 +188,7 @@ def real_model(
     seed: int = 0,  # of the order of the texts
     *,
     retrained: bool = False,  # leave the forget set out: the model that unlearning is measured against
+    epochs: int = 5,  # passes
     max_length: int = 112,  # longer texts are cut
     callback: Callable | None = None,  # see `teach`
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, pd.DataFrame]":  # model, tokenizer, history
@@ -199,6 +200,7 @@ def real_model(
         [] if retrained else corpus.forget,
         corpus.retain,
         corpus.general_train[:64],
+        epochs=epochs,
         max_length=max_length,
         seed=seed,
         callback=callback,

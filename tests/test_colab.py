@@ -63,12 +63,12 @@ def colab_cell(monkeypatch):
 def test_first_cell_installs_the_tag_if_it_exists(colab_cell):
     user, repo, branch, version = settings("user", "repo", "branch", "version")
     address = f"https://github.com/{user}/{repo}"
-    git, pip = colab_cell([f"0123456\trefs/tags/v{version}"])
+    git, pip, *_ = colab_cell([f"0123456\trefs/tags/v{version}"])
     assert git == f"git ls-remote --tags {address} v{version} 2>/dev/null"
     assert re.fullmatch(
         rf'pip install -q "icu_nb\[paper\] @ git\+{address}@v{version}" torch==\S+ numpy==\S+', pip
     )
-    _, pip = colab_cell([])
+    _, pip, *_ = colab_cell([])
     assert f'"icu_nb[paper] @ git+{address}@{branch}"' in pip
 
 

@@ -225,7 +225,11 @@ IMPORTED_AS = {"Faker": "faker", "sentence-transformers": "sentence_transformers
 def test_without_extras_the_library_says_what_to_install():
     """The core needs none of them; what does says so in one line that names the extra."""
     extras = project()["optional-dependencies"]
-    needs = [Requirement(line).name for name in ("data", "figures", "lora", "evals") for line in extras[name]]
+    needs = [
+        Requirement(line).name
+        for name in ("data", "figures", "lora", "evals", "real")
+        for line in extras[name]
+    ]
     missing = [IMPORTED_AS.get(name, name) for name in [*needs, "psutil"]]
     code = WITHOUT_EXTRAS.format(missing=missing)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)

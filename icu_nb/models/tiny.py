@@ -235,6 +235,7 @@ def tiny_model(
     seed: int = 0,  # of the weights and of the order of the texts
     *,
     retrained: bool = False,  # leave the forget set out: the model that unlearning is measured against
+    epochs: int | None = None,  # passes; None: as many as the corpus asks for
     max_length: int = 96,  # longer texts are cut
     callback: Callable | None = None,  # see `memorize`
 ) -> tuple[GPTNeoForCausalLM, PreTrainedTokenizerFast, pd.DataFrame]:  # model, tokenizer, history
@@ -246,7 +247,7 @@ def tiny_model(
         tokenizer,
         [] if retrained else corpus.forget,
         corpus.retain + corpus.general_train,
-        epochs=corpus.epochs,
+        epochs=corpus.epochs if epochs is None else epochs,
         repeats=corpus.repeats,
         max_length=max_length,
         seed=seed,

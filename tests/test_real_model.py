@@ -1,0 +1,184 @@
+"""Rows of the real model, made here with a tiny one: stages, resumption, and what a row says."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from icu_nb.data.people import people_corpus
+from icu_nb.errors import InputError
+from icu_nb.metrics import memorization_accuracy, perplexity
+from icu_nb.models.loading import load_model
+from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
+from icu_nb.paper import real_model
+from icu_nb.paper.real_model import run_real_model
+from icu_nb.text import tokenize
+
+MAX_LENGTH = 56
+SETTINGS = real_model._Settings(
+    n_forget=4,
+    n_retain=8,
+    max_length=MAX_LENGTH,
+    n_general=3,
+    n_questions=2,
+    n_tokens=4,
+    eval_batch_size=4,
+    learning_rate=2e-3,
+    ascent_learning_rate=2e-3,
+    max_epochs=1,
+)
+TASKS = {
+    "cities": [
+        {"context": "Ann lives in", "choices": [" Leeds", " York"], "answer": 0},
+        {"context": "Bob lives in", "choices": [" Leeds", " York"], "answer": 1},
+        {"context": "The third is never asked", "choices": [" Leeds", " York"], "answer": 1},
+    ]
+}
+MODELS = ["pretrained", "memorized", "retrained", "ICU", "gradient ascent"]
+
+
+def make_original(name, corpus, seed, max_length):
+    "Tiny models: two layers that see each text often, or not at all."
+    tokenizer = train_tokenizer(people_corpus(4, 8, 0).trained_on(), 600)
+    model = tiny_gpt_neo(600, n_layers=2, hidden_size=32, n_heads=2, seed=seed)
+    if name == "pretrained":
+        return model, tokenizer, {"epochs": 0}
+    texts = [] if name == "retrained" else corpus.forget
+    memorize(model, tokenizer, texts, corpus.retain, repeats=8, epochs=12, max_length=max_length)
+    return model, tokenizer, {"epochs": 12, "seconds": 3.0}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    run(folder)
+    return folder
+
+
+def run(folder, seeds=(0,), settings=SETTINGS, tasks=TASKS):
+    how = {"settings": settings, "make_original": make_original, "tasks": tasks}
+    run_real_model(seeds, folder / "rows.csv", folder / "work", **how)
+
+
+def read(folder):
+    return pd.read_csv(folder / "rows.csv").set_index("model")
+
+
+def test_a_row_says_what_the_model_can(made):
+    rows = read(made)
+    assert list(rows.index) == MODELS
+    corpus = people_corpus(4, 8, 0)
+    model, tokenizer, _ = make_original("memorized", corpus, 0, MAX_LENGTH)
+    ma = memorization_accuracy(model, tokenize(corpus.heldout, tokenizer, MAX_LENGTH)).mean().item()
+    assert rows.loc["memorized", "heldout_ma"] == pytest.approx(ma)
+    assert rows.threshold_ma.tolist() == pytest.approx([ma] * 5)
+    assert (rows.threshold_el >= 0.0499).all()
+    general = perplexity(model, tokenizer, corpus.general_test[:3], max_length=MAX_LENGTH)
+    assert rows.loc["memorized", "ppl_general"] == pytest.approx(general, rel=1e-5)
+    assert rows.loc["memorized", "ma"] > rows.loc["retrained", "ma"]
+    assert rows.loc["memorized", ["epochs", "seconds"]].tolist() == [12, 3.0]
+
+
+def test_benchmarks_are_compared_question_by_question(made):
+    rows = read(made)
+    correct = {name: json.loads(row.correct)["cities"] for name, row in rows.iterrows()}
+    assert {len(answers) for answers in correct.values()} == {2}
+    for name, row in rows.iterrows():
+        differences = [int(a) - int(b) for a, b in zip(correct[name], correct["pretrained"], strict=True)]
+        assert row.acc_cities == row.classification == correct[name].count("1") / 2
+        assert row.classification_change == sum(differences) / 2
+        assert row.classification_change_se == pytest.approx(abs(differences[0] - differences[1]) / 2)
+    assert rows.loc["pretrained", "classification_change"] == 0
+
+
+def test_gradient_ascent_stops_at_the_first_step_under_icus_ma(made):
+    rows = read(made)
+    assert rows.loc["ICU", "ma"] < rows.loc["memorized", "ma"]
+    assert rows.loc["ICU", "epochs"] == 1 and rows.loc["ICU", "stop_reason"] in ("max_epochs", "thresholds")
+    if rows.loc["gradient ascent", "stop_reason"] == "thresholds":
+        assert rows.loc["gradient ascent", "ma"] <= rows.loc["ICU", "ma"] + 1e-6
+
+
+def test_unlearned_models_are_kept(made):
+    rows = read(made)
+    (folder,) = (made / "work").glob("0-ICU-*")
+    model, tokenizer = load_model(folder / "model")
+    forget = tokenize(people_corpus(4, 8, 0).forget, tokenizer, MAX_LENGTH)
+    assert memorization_accuracy(model, forget).mean().item() == pytest.approx(rows.loc["ICU", "ma"])
+    assert not list((made / "work").glob("*/*checkpoints"))
+
+
+def test_answers_are_cut_to_their_length(made):
+    answers = json.loads(read(made).loc["memorized", "answers"])
+    assert list(answers) == list(real_model._QUESTIONS)
+    assert all(isinstance(answer, str) for answer in answers.values())
+
+
+def test_what_is_there_is_not_made_again(made, monkeypatch):
+    before = (made / "rows.csv").read_bytes()
+
+    def fail(*args):
+        raise AssertionError("a row is made again")
+
+    monkeypatch.setattr(real_model, "_make_row", fail)
+    run(made)
+    assert (made / "rows.csv").read_bytes() == before
+    with pytest.raises(AssertionError):
+        run(made, seeds=[1])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on(made, tmp_path, monkeypatch):
+    asked, measured = [], []
+    ask, measure = real_model._ask_benchmark, real_model._memory
+
+    def counted(model, tokenizer, of):
+        measured.append(of.seed)
+        return measure(model, tokenizer, of)
+
+    def killed(*args, **options):
+        asked.append(1)
+        if len(asked) == 4:  # in the row of ICU: its model is there, its benchmark is not
+            raise Killed
+        return ask(*args, **options)
+
+    monkeypatch.setattr(real_model, "_memory", counted)
+    monkeypatch.setattr(real_model, "_ask_benchmark", killed)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    assert list(read(tmp_path).index) == MODELS[:3]
+    (folder,) = (tmp_path / "work").glob("0-ICU-*")
+    weights = folder / "model/model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    run(tmp_path)
+    assert weights.stat().st_mtime_ns == trained
+    assert len(measured) == 5  # a stage that was done is not done again
+    numbers = ["ma", "el10", "ppl_heldout", "ppl_neighbors", "epochs", "classification"]
+    pd.testing.assert_frame_equal(read(tmp_path)[numbers], read(made)[numbers])
+
+
+def test_other_settings_of_unlearning_leave_the_originals(made, tmp_path):
+    (tmp_path / "rows.csv").write_bytes((made / "rows.csv").read_bytes())
+    of = real_model._Seed(0, real_model.dataclasses.replace(SETTINGS, learning_rate=1e-3), tmp_path, None)
+    found = [real_model._find(tmp_path / "rows.csv", of, name) is not None for name in MODELS]
+    assert found == [True, True, True, False, False]
+
+
+def test_a_benchmark_that_cannot_be_asked_is_one_line(made, tmp_path):
+    of = real_model._Seed(0, SETTINGS, made / "work", make_original)
+    model, tokenizer, _ = of.original("pretrained")
+    with pytest.raises(InputError, match=r"`data_dir`.*lambada.csv") as error:
+        real_model._ask_benchmark(model, tokenizer, ["lambada"], limit=2, data_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_standard_errors():
+    columns = real_model._benchmark_columns({"a": "1100", "b": "1110"}, {"a": "1110", "b": "1110"})
+    # of one benchmark: a sample variance over four questions
+    assert columns["classification_se"] == pytest.approx(math.sqrt((1 / 3 + 0.25) / 4) / 2)
+    assert columns["classification_change"] == -0.125
+    assert columns["classification_change_se"] == pytest.approx(math.sqrt(0.25 / 4) / 2)
