@@ -470,7 +470,7 @@ def test_a_folder_that_is_none_or_damaged(paper, tmp_path):
 def test_nothing_is_missing_of_the_real_model_without_a_network(shared_data, no_network, tmp_path):
     """SmolLM2-135M-Instruct, dequantized from 4 bits, on five questions, dialogues and texts of each part."""
     model, tokenizer = load_model("smollm2")
-    options = {"limit": 5, "max_length": 160, "data_dir": shared_data, "resume_dir": tmp_path}
+    options = {"limit": 5, "max_length": 128, "data_dir": shared_data, "resume_dir": tmp_path}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = evaluate_utility(model, tokenizer, "paper", **options)
