@@ -330,7 +330,7 @@ def _ask_benchmark(
     **options: Any,  # limit and data_dir
 ) -> str:  # a 1 or 0 per question
     "The answers to a benchmark's questions, right or wrong."
-    row = evaluate_tasks(model, tokenizer, tasks, batch_size=8, cache=True, **options).iloc[0]
+    row = evaluate_tasks(model, tokenizer, tasks, batch_size=16, cache=True, **options).iloc[0]
     if row.missing:
         raise InputError(
             f"`data_dir`: {row.name} cannot be asked ({row.missing}). Give the folder of its file."
