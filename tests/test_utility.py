@@ -11,8 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from benchmark_files import write_benchmarks
 from faker import Faker
 
+from icu_nb.data.benchmarks import BENCHMARKS
 from icu_nb.data.corpus import Corpus
 from icu_nb.data.files import _PUBLIC_FILES
 from icu_nb.data.general import DIALOGUES, dialogue_turns
@@ -20,10 +22,9 @@ from icu_nb.data.people import TEMPLATES, _person, people
 from icu_nb.errors import InputError
 from icu_nb.evals.dialogue import _clean_turn, _dialogue_prompt, _reply_text, _unigram_f1, dialogue_scores
 from icu_nb.evals.people_questions import find_facts, people_questions, people_tasks
-from icu_nb.evals.tasks import FILE_TASKS, HARNESS_TASKS, _write_task, evaluate_tasks
-from icu_nb.evals.utility import _PAPER_TASKS, evaluate_utility
+from icu_nb.evals.tasks import evaluate_tasks
+from icu_nb.evals.utility import evaluate_utility
 from icu_nb.metrics import perplexity
-from icu_nb.tables import read_table
 
 pytest.importorskip("lm_eval")
 
@@ -298,7 +299,7 @@ def test_the_cache_holds_no_text(tiny, corpus, cache):
         (
             lambda m, t: evaluate_tasks(m, t, ["hellaswag", "helaswag"]),
             "tasks",
-            "helaswag is not known. Known: lambada, pubmed_qa, lambada_openai",
+            "helaswag is not known. Known: lambada, hellaswag, winogrande",
         ),
         (lambda m, t: evaluate_tasks(m, t, []), "tasks", "there are none"),
         (lambda m, t: evaluate_tasks(m, t, {"mine": []}), "questions", "mine has none"),
@@ -446,7 +447,7 @@ def test_the_tiny_row_is_made_of_its_parts(tiny, corpus, no_network):
 @pytest.fixture
 def paper_files(tmp_path, monkeypatch):
     """A data folder in the published form, with a few lines in each file but one."""
-    for folder in ("dialogue", "perplexity", "completion"):
+    for folder in ("dialogue", "perplexity"):
         (tmp_path / folder).mkdir()
     for name in ("blended_skill_talk", "empathetic_dialogues", "wizard_of_wikipedia"):
         (tmp_path / f"dialogue/{name}.json").write_text(
@@ -454,53 +455,18 @@ def paper_files(tmp_path, monkeypatch):
         )
     for name in ("wikitext", "pile"):
         (tmp_path / f"perplexity/{name}.csv").write_text('text\n"A line, and more."\nAnother line of text.\n')
-    (tmp_path / "completion/lambada.csv").write_text("text\nann lives in leeds\nbob lives in york\n")
-    (tmp_path / "completion/pubmed_qa.csv").write_text(
-        "question,abstract,final_decision\nIs it?,It is.,yes\nIs it?,Perhaps.,maybe\nIs it?,It is not.,no\n"
-    )
-    return tmp_path
+    return write_benchmarks(tmp_path)
 
 
-@pytest.fixture
-def harness(monkeypatch, tmp_path):
-    """A harness that has all benchmarks on disk, or none of them."""
-    import lm_eval.tasks
-
-    class Stub(lm_eval.tasks.TaskManager):
-        reachable = True
-
-        def __init__(self, include_defaults):
-            super().__init__(include_defaults=False)
-
-        def load(self, specs):
-            if specs[0] not in HARNESS_TASKS:
-                return super().load(specs)
-            if not self.reachable:
-                raise ConnectionError(f"Couldn't reach {specs[0]} on the Hub\nmore lines")
-            return super().load(
-                [
-                    str(
-                        _write_task(
-                            tmp_path,
-                            specs[0],
-                            [{"context": "Ann lives in", "choices": ["Leeds", "York"], "answer": 0}],
-                        )
-                    )
-                ]
-            )
-
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Stub)
-    return Stub
-
-
-def test_what_could_not_run_is_missing_and_never_zero(tiny, paper_files, harness, no_network):
-    """A harness without a network: its tasks and the one file that is not there are named in one warning."""
-    harness.reachable = False
+def test_what_could_not_run_is_missing_and_never_zero(tiny, paper_files, no_network):
+    """Files that are not there are named in one warning."""
+    (paper_files / "benchmarks/hellaswag_val_full.txt.bz2").unlink()
+    (paper_files / "benchmarks/math_qa.jsonl").unlink()
     with pytest.warns(UserWarning) as said:
         row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=paper_files, limit=2).loc[0]
     assert len(said) == 1
     for name in (
-        "acc_hellaswag (Couldn't reach hellaswag on the Hub)",
+        f"acc_hellaswag (`data_dir`: {paper_files} holds no benchmarks/hellaswag_val_full.txt.bz2",
         "acc_mathqa",
         "f1_wizard_of_internet",
     ):
@@ -508,25 +474,24 @@ def test_what_could_not_run_is_missing_and_never_zero(tiny, paper_files, harness
     measured = {
         "ppl_wikitext",
         "ppl_pile",
-        "acc_lambada",
-        "acc_pubmed_qa",
+        *(f"acc_{name}" for name in BENCHMARKS if name not in ("hellaswag", "mathqa")),
         "f1_blended_skill_talk",
         "f1_empathetic_dialogues",
         "f1_wizard_of_wikipedia",
     }
     errors = {f"se_{name}" for name in measured}
     assert {*row.dropna().index} == {"suite", "limit", "arithmetic", *measured, *errors}
-    columns = {*measured, *(f"acc_{name}" for name in _PAPER_TASKS), "f1_wizard_of_internet"}
+    columns = {*measured, *(f"acc_{name}" for name in BENCHMARKS), "f1_wizard_of_internet"}
     columns |= {"classification", "dialogue"}
     assert {*row.index} == {"suite", "limit", "arithmetic", *columns, *(f"se_{name}" for name in columns)}
 
 
-def test_the_papers_averages_fall_out_of_a_whole_row(tiny, paper_files, harness, no_network):
+def test_the_papers_averages_fall_out_of_a_whole_row(tiny, paper_files, no_network):
     (paper_files / "dialogue/wizard_of_internet.json").write_text(json.dumps({"text": {"0": TALKS[0]}}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=paper_files).loc[0]
-    assert row["classification"] == pytest.approx(np.mean([row[f"acc_{name}"] for name in _PAPER_TASKS]))
+    assert row["classification"] == pytest.approx(np.mean([row[f"acc_{name}"] for name in BENCHMARKS]))
     assert (
         row["dialogue"] == pytest.approx(np.mean([row[f"f1_{name}"] for name in DIALOGUES]))
         and row.drop("limit").filter(regex="^(?!se_)").notna().all()
@@ -539,26 +504,10 @@ def test_other_tasks_have_their_own_average(tiny, paper_files, no_network):
         tiny.tokenizer,
         "tiny",
         corpus=Corpus("people", tiny.forget, tiny.retain, tiny.heldout, [], ["Fine weather."]),
-        tasks=["lambada", "pubmed_qa"],
+        tasks=["lambada", "pubmedqa"],
         data_dir=paper_files,
     ).loc[0]
-    assert row["classification"] == (row["acc_lambada"] + row["acc_pubmed_qa"]) / 2
-
-
-def test_the_harness_knows_its_tasks():
-    """By the names we give; nothing is downloaded for that."""
-    from pathlib import Path
-
-    import lm_eval
-
-    folders = [
-        str(Path(lm_eval.__file__).parent / "tasks" / name)
-        for name in ("lambada", "hellaswag", "winogrande", "super_glue", "arc", "piqa", "mathqa", "pubmedqa")
-    ]
-    assert {*HARNESS_TASKS} <= {
-        *lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False).all_subtasks
-    }
-    assert len(_PAPER_TASKS) == 9 and {*_PAPER_TASKS} <= {*HARNESS_TASKS, *FILE_TASKS}
+    assert row["classification"] == (row["acc_lambada"] + row["acc_pubmedqa"]) / 2
 
 
 # ---- the paper's files ----
@@ -578,27 +527,6 @@ def test_every_part_of_the_paper_is_public():
     ][0].endswith("/datasets/validation_data/pile.csv")
 
 
-def test_lambada_and_pubmed_of_the_paper(tiny, shared_data, no_network):
-    lambada, pubmed = (FILE_TASKS[name](shared_data) for name in ("lambada", "pubmed_qa"))
-    assert len(lambada) == 4992 and len(pubmed) == 500
-    texts = read_table(shared_data / "completion/lambada.csv")["text"]
-    assert all(
-        q["context"] + q["answer"] == text and q["answer"].count(" ") == 1
-        for q, text in zip(lambada, texts, strict=False)
-    )
-    assert [sum(q["choices"][q["answer"]] == word for q in pubmed) for word in ("yes", "maybe", "no")] == [
-        288,
-        50,
-        162,
-    ]
-    table = evaluate_tasks(
-        tiny.model, tiny.tokenizer, ["lambada", "pubmed_qa"], limit=6, data_dir=shared_data
-    )
-    assert table["accuracy"].tolist() == pytest.approx(
-        [directly(tiny.model, tiny.tokenizer, questions[:6], 64) for questions in (lambada, pubmed)]
-    )
-
-
 def test_dialogues_of_the_paper(tiny, shared_data):
     sizes = {name: len(dialogue_turns(name, shared_data)) for name in DIALOGUES[:3]}
     assert sizes == {"blended_skill_talk": 1009, "empathetic_dialogues": 2758, "wizard_of_wikipedia": 967}
@@ -609,8 +537,7 @@ def test_dialogues_of_the_paper(tiny, shared_data):
         assert table["f1"].between(0, 1).all() and len(table) == 6 and (table["tokens"] > 0).all()
 
 
-def test_a_set_that_is_not_there_is_missing(tiny, shared_data, harness, tmp_path):
-    harness.reachable = False
+def test_a_set_that_is_not_there_is_missing(tiny, shared_data, tmp_path):
     for file in shared_data.glob("*/*.*"):
         if file.name != "wizard_of_internet.json":
             link = tmp_path / "data" / file.parent.name / file.name
@@ -620,5 +547,7 @@ def test_a_set_that_is_not_there_is_missing(tiny, shared_data, harness, tmp_path
     with pytest.warns(
         UserWarning, match=r"f1_wizard_of_internet .*holds no dialogue/wizard_of_internet.json"
     ):
-        row = evaluate_utility(tiny.model, tiny.tokenizer, "paper", data_dir=folder, limit=3).loc[0]
+        row = evaluate_utility(
+            tiny.model, tiny.tokenizer, "paper", tasks=["lambada"], data_dir=folder, limit=3
+        ).loc[0]
     assert math.isnan(row["f1_wizard_of_internet"]) and math.isnan(row["dialogue"]) and row["ppl_pile"] > 1

@@ -73,6 +73,28 @@ _TOFU_SHA = {
     "tofu/world_facts_perturbed.json": "0e171838040d0ec94b1ce248d891508e85e3b77344370077caa27b61898eb3e1",
 }
 
+_FOUNDRY_FILES = (
+    "https://raw.githubusercontent.com/mosaicml/llm-foundry/"
+    "8c8dd48f72168c5d51e2f7b151595892a8fba43d/scripts/eval/local_data"
+)
+_HELLASWAG_FILE = (
+    "https://raw.githubusercontent.com/klosax/hellaswag_text_data/"
+    "1105d370f8340eac3c63a91fd1fa58e8999f9505/hellaswag_val_full.txt.bz2"
+)
+_BENCHMARK_SHA = {  # folder and name at llm-foundry
+    "commonsense_reasoning/copa.jsonl": "595dca44dec54c849490bd403a3e24a29e3b944065783222ebb0eb1a55298846",
+    "commonsense_reasoning/piqa.jsonl": "d2870e73aec5154df3faf259b7700876e11608eebdf69e9d6667435673dbe4e0",
+    "language_understanding/winogrande.jsonl": (
+        "ea1592526f3bfdd0948ed3acb1b4dfa3f83d23698917118688ee1df7f8d4b8d7"
+    ),
+    "symbolic_problem_solving/math_qa.jsonl": (
+        "743566d6e9925eb5bfc215ee7af8aaad58c2e821a637438aba7b9b30acdf6e50"
+    ),
+    "world_knowledge/arc_challenge.jsonl": "1ae3aeedf1951d881cbd5c2e3a31e78a1993d251479afbe4cb413b6707244636",
+    "world_knowledge/arc_easy.jsonl": "d2d12e59543acf9a5ef6079634a72b30215e36c2fd4236fff3bc855d287b87f5",
+}
+_HELLASWAG_SHA = "50b637899e4263c2bc456c2dc726c95d2c8cd8e2a552ea5bd7719ce3cb03fe5b"
+
 
 def _public_files() -> dict[str, tuple[str, str]]:
     "Name in a local data folder -> (public address, SHA-256)."
@@ -84,6 +106,9 @@ def _public_files() -> dict[str, tuple[str, str]]:
     for folder, hashes_by_name in [("datasets/validation_data", _TEXT_SHA), ("datasets", _COMPLETION_SHA)]:
         for name, sha256 in hashes_by_name.items():
             files[name] = (f"{_ICU_FILES}/{_TEXT_COMMIT}/{folder}/{Path(name).name}", sha256)
+    for name, sha256 in _BENCHMARK_SHA.items():
+        files[f"benchmarks/{Path(name).name}"] = (f"{_FOUNDRY_FILES}/{name}", sha256)
+    files[f"benchmarks/{Path(_HELLASWAG_FILE).name}"] = (_HELLASWAG_FILE, _HELLASWAG_SHA)
     for name, sha256 in _TOFU_SHA.items():
         folder = "TOFU/data" if name.endswith("idontknow.jsonl") else "TOFU/TOFU_data"
         files[name] = (f"{_TOFU_FILES}/{_TOFU_COMMIT}/{folder}/{Path(name).name}", sha256)

@@ -11,7 +11,8 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,15 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..data.benchmarks import BENCHMARKS
 from ..data.corpus import Corpus
+from ..data.files import data_file, data_folder
 from ..data.general import DIALOGUES, dialogue_turns, validation_texts
 from ..data.people import people_corpus
 from ..errors import DownloadError, InputError, first_line, require, require_number
 from .dialogue import dialogue_scores
 from .people_questions import people_tasks
-from .tasks import FILE_TASKS, evaluate_tasks
+from .tasks import evaluate_tasks
 from ..language_model import context_length, weights_digest
 from ..metrics import text_losses
 from ..plumbing import Arithmetic, atomic_path, require_package
@@ -37,19 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/library/evals/utility.ipynb #09000038
-_PAPER_TASKS = [
-    "lambada",
-    "hellaswag",
-    "winogrande",
-    "copa",
-    "arc_easy",
-    "arc_challenge",
-    "piqa",
-    "mathqa",
-    "pubmed_qa",
-]
-
-
 class _Unavailable(Exception):
     "A part that cannot be had; the message says why."
 
@@ -80,29 +70,36 @@ def _parts(
 def _file_part(
     kind: str,  # see `_Part`
     name: str,  # see `_Part`
-    read: Callable,  # (name, data_dir) -> what is in the file
+    file: str,  # where it stands below `data_dir`
+    read: Callable[[], list],  # what is in the file; a damaged one is an error
     data_dir: str | Path | None,  # see `data_folder`
 ) -> _Part:
-    "A part that stands in one of the paper's files, or the reason why it does not."
+    "A part that stands in a published file, or the reason why the file cannot be had."
     try:
-        return _Part(kind, name, read(name, data_dir))
+        data_file(file, data_dir)
     except (DownloadError, InputError) as error:
         return _Part(kind, name, None, first_line(error))
+    return _Part(kind, name, read())
 
 
 def _task_parts(
     tasks: list[str] | dict[str, list[dict]],  # see `evaluate_tasks`
     data_dir: str | Path | None,  # see `data_folder`
 ) -> list[_Part]:
-    "Tasks; what is missing there is found by `evaluate_tasks`."
+    "Tasks, with their questions where these are not the Hub's."
+    known = f"Known: {', '.join(BENCHMARKS)}; your own go into a dict, name -> questions"
+    require(len(tasks) > 0 and not isinstance(tasks, str), "tasks", "no list of names", known)
     if isinstance(tasks, dict):
         return [_Part("acc", name, questions) for name, questions in tasks.items()]
+    unknown = ", ".join(name for name in tasks if name not in BENCHMARKS)
+    require(not unknown, "tasks", f"{unknown} is not known", known)
+    if data_folder(data_dir) is None:
+        return [_Part("acc", name, None, named=True) for name in tasks]
     parts = []
     for name in tasks:
-        asked = None
-        if name in FILE_TASKS:
-            asked = _file_part("acc", name, lambda name, folder: FILE_TASKS[name](folder), data_dir).asked
-        parts.append(_Part("acc", name, asked, named=True))
+        benchmark = BENCHMARKS[name]
+        part = _file_part("acc", name, benchmark.file, partial(benchmark.documents, data_dir), data_dir)
+        parts.append(replace(part, named=True))
     return parts
 
 # %% ../../nbs/library/evals/utility.ipynb #75dae2e7
@@ -136,6 +133,9 @@ def _average(
     return sum(row[column] for column in columns) / len(columns), math.sqrt(variance) / len(columns)
 
 # %% ../../nbs/library/evals/utility.ipynb #e0c2367c
+_REPLY = 32  # tokens of a reply in a dialogue, the authors' number
+
+
 def _scores(
     part: _Part,  # one that can be had
     model: "PreTrainedModel | PeftModel",  # a causal LM
@@ -153,7 +153,8 @@ def _scores(
         return pd.DataFrame({"acc": [int(answer) for answer in table.loc[part.name, "correct"]]})
     asked = (part.asked or [])[:limit]
     if part.kind == "f1":
-        return dialogue_scores(model, tokenizer, asked, **options)[["f1", "loss", "tokens"]]
+        scores = dialogue_scores(model, tokenizer, asked, max_new_tokens=_REPLY, **options)
+        return scores[["f1", "loss", "tokens"]]
     stride = options["max_length"] // 2  # windows overlap by half
     losses = text_losses(model, tokenizer, asked, stride=stride, **options)
     return pd.DataFrame(losses.numpy(), columns=["loss", "tokens"])
@@ -239,10 +240,16 @@ def _suite_parts(
         asked = people_tasks(corpus) if tasks is None else tasks
         averaged = ["people_retain"] if tasks is None else list(tasks)
         return [*parts, *_task_parts(asked, data_dir)], [f"acc_{name}" for name in averaged]
-    asked = _PAPER_TASKS if tasks is None else tasks
-    parts = [_file_part("ppl", name, validation_texts, data_dir) for name in ("wikitext", "pile")]
-    dialogues = [_file_part("f1", name, dialogue_turns, data_dir) for name in DIALOGUES]
-    return [*parts, *_task_parts(asked, data_dir), *dialogues], [f"acc_{name}" for name in asked]
+    parts = []
+    for name in ("wikitext", "pile"):
+        read = partial(validation_texts, name, data_dir)
+        parts.append(_file_part("ppl", name, f"perplexity/{name}.csv", read, data_dir))
+    asked = list(BENCHMARKS) if tasks is None else tasks
+    parts += _task_parts(asked, data_dir)
+    for name in DIALOGUES:
+        read = partial(dialogue_turns, name, data_dir)
+        parts.append(_file_part("f1", name, f"dialogue/{name}.json", read, data_dir))
+    return parts, [f"acc_{name}" for name in asked]
 
 
 def _measure(
@@ -304,8 +311,11 @@ def evaluate_utility(
     require_package("lm_eval", "evals")
     if limit is not None:
         limit = require_number("limit", limit, 1, whole=True, otherwise="None for all, or ")
-    parts, averaged = _suite_parts(suite, corpus, tasks, data_dir)
+    data_folder(data_dir)  # one that is no folder is an error, and not a reason to miss a part
     width = int(min(max_length or _LENGTHS[suite], context_length(model)))
+    room = f"{width} tokens leave no room for a dialogue and its reply of {_REPLY}"
+    require(suite == "tiny" or width > _REPLY, "max_length", room, "Choose more")
+    parts, averaged = _suite_parts(suite, corpus, tasks, data_dir)
     options = {"max_length": width, "batch_size": batch_size}
     folder = _model_folder(resume_dir, model, tokenizer)
     row: dict[str, float] = {}

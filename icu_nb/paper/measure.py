@@ -22,7 +22,7 @@ from ..evals.audit import audit
 from ..evals.extraction import secret_prompts
 from ..evals.judge import Endpoint, judge_continuations
 from ..evals.people_questions import people_tasks
-from ..evals.tasks import FILE_TASKS, evaluate_tasks
+from ..evals.tasks import evaluate_tasks
 from ..evals.utility import evaluate_utility
 from ..iur import Thresholds, score_forget_set, thresholds_met
 from ..language_model import evaluating
@@ -72,7 +72,7 @@ def _utility_columns(
         model,
         setup.tokenizer,
         "paper",
-        tasks=list(FILE_TASKS) if from_files else None,
+        tasks=["lambada", "pubmedqa"] if from_files else None,
         limit=settings.limit,
         data_dir=files.data_dir,
     )

