@@ -48,8 +48,9 @@ def _make_row(
     "One benchmark."
     model, tokenizer = load_model("smollm2")
     start = time.perf_counter()
-    options = {"limit": _LIMITS.get(name), "max_length": _MAX_LENGTH, "data_dir": data_dir}
-    table = evaluate_tasks(model, tokenizer, [name], **options)
+    table = evaluate_tasks(
+        model, tokenizer, [name], limit=_LIMITS.get(name), max_length=_MAX_LENGTH, data_dir=data_dir
+    )
     seconds = round(time.perf_counter() - start, 1)
     row = table.loc[name]
     require(row["missing"] is None, "data_dir", row["missing"], "Then run it again")
