@@ -62,7 +62,7 @@ file_or_name = "$$(if test -e "$(1)" && ! echo "$(1)" | grep -Eqx "people|pile|t
 
 quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|smollm2|NAME [LORA=1 with smollm2; DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
 	@mkdir -p "$(OUT_DIR)"
-	TQDM_DISABLE=1 $(PY) -W "ignore:IProgress" -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore:IProgress $(PY) -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
 		-k python3 -l python --no-progress-bar --stdout-file - --stderr-file - \
 		-r dataset $(call file_or_name,$(DATASET)) -r model $(call file_or_name,$(MODEL)) \
 		-r out_dir $(call full_path,$(OUT_DIR)) \

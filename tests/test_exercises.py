@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from icu_nb.course import exercises
-from icu_nb.course.exercises import _EXERCISES, _call_answer, _outline, _student_notebook
+from icu_nb.course.exercises import _EXERCISES, _call_answer, _outline, _student_notebook, check
+from icu_nb.errors import InputError
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))
@@ -37,7 +38,7 @@ def cells(path, kind=None):
 def checked(path):
     """Exercise -> the code cell with the answer, and the name that its check is given."""
     code = cells(path, "code")
-    calls = [(i, re.fullmatch(r"check_(\w+)\((\w+)\)", c["source"])) for i, c in enumerate(code)]
+    calls = [(i, re.fullmatch(r'check\("(\w+)", (\w+)\)', c["source"])) for i, c in enumerate(code)]
     return {call[1]: (code[i - 1], call[2]) for i, call in calls if call}
 
 
@@ -48,7 +49,7 @@ def solved():
     for path in SOLUTIONS:
         names = {"__name__": path.stem}
         for cell in cells(path, "code")[1:]:  # the first one is Colab's
-            if not cell["source"].startswith("check_"):
+            if not cell["source"].startswith("check("):
                 exec(compile(cell["source"], path.name, "exec"), names)
         found |= {name: names[given] for name, (_, given) in checked(path).items()}
     plt.close("all")
@@ -58,7 +59,7 @@ def solved():
 def told(name, answer):
     """What the checker says of a wrong answer: one sentence."""
     with pytest.raises(AssertionError) as caught:
-        getattr(exercises, f"check_{name}")(answer)
+        check(name, answer)
     said = str(caught.value)
     assert (
         "\n" not in said and len(said) < 250 and said[-1] in ".?" and not re.search(r"[.?!] [A-Z]", said)
@@ -72,7 +73,7 @@ def told(name, answer):
 
 @each_exercise
 def test_the_solution_is_praised(name, solved):
-    said = getattr(exercises, f"check_{name}")(solved[name])
+    said = check(name, solved[name])
     assert said.startswith("Well ") and len(said) < 120
 
 
@@ -469,7 +470,21 @@ def test_what_the_checker_cannot_judge_is_one_sentence_too():
 
     Odd.__name__ = "dict"  # so that it passes for one
     with pytest.raises(AssertionError, match=r"cannot be judged \(RuntimeError\)"):
-        exercises.check_graddiff(lambda model, batch, reference: Odd(a=1))
+        check("graddiff", lambda model, batch, reference: Odd(a=1))
+
+
+@pytest.mark.parametrize("exercise", ["first_los", "check_first_loss", "", None, [7.6, 5.5], lambda x: x])
+def test_an_unknown_exercise_is_named_beside_the_known_ones(exercise):
+    with pytest.raises(InputError) as caught:
+        check(exercise, [1.0, 1.0])
+    said = str(caught.value)
+    assert said.startswith(f"`exercise`: {exercise!r} is not known. ") and "\n" not in said
+    assert said.split("Known: ")[1] == f"{', '.join(WRONG)}."
+
+
+def test_the_course_has_one_checker():
+    """One public name for all exercises, and what the notebooks show beside it."""
+    assert exercises.__all__ == ["check", "made_up_history", "made_up_rows", "unlearned_model"]
 
 
 def test_no_traceback_leads_into_a_checker():
@@ -482,15 +497,15 @@ def test_no_traceback_leads_into_a_checker():
         return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 
     with pytest.raises(AssertionError) as caught:
-        exercises.check_strength(lambda hits: 0.123)
+        check("strength", lambda hits: 0.123)
     assert (
-        frames(caught.value)[1:] == ["checked"]
+        frames(caught.value)[1:] == ["check"]
         and caught.value.__cause__ is None
         and caught.value.__suppress_context__
     )
     with pytest.raises(AssertionError) as caught:
-        exercises.check_strength(lambda hits: 1 / 0)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError) and "check_strength" not in frames(
+        check("strength", lambda hits: 1 / 0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) and "_check_strength" not in frames(
         caught.value.__cause__
     )
 
@@ -534,7 +549,7 @@ def test_course_and_notebook_describe_the_exercise(name):
     assert any(f"\n{exercise}\n" in c["source"] for c in cells(path, "markdown"))
     assert {"solution"} <= set(checked(path)[name][0]["metadata"]["tags"])
     words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", section(exercise.notebook))  # some lead to the glossary
-    assert str(exercise) in words and f"`check_{name}`" in words
+    assert str(exercise) in words and f'`check("{name}", answer)`' in words
     student = path.name.replace("solutions_", "exercises_")
     assert f"](../course/{student})" in section(exercise.notebook)
 
