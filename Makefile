@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit real reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit real scores reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,7 +62,7 @@ file_or_name = "$$(if test -e "$(1)" && ! echo "$(1)" | grep -Eqx "people|pile|t
 
 quickstart: .venv/.nb  ## watch a model forget: DATASET=people|pile|FILE MODEL=tiny|smollm2|NAME [LORA=1 with smollm2; DATA_DIR= N_FORGET= MAX_LENGTH= SEED= MAX_EPOCHS= OUT_DIR=]
 	@mkdir -p "$(OUT_DIR)"
-	TQDM_DISABLE=1 $(PY) -W "ignore:IProgress" -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore:IProgress $(PY) -m papermill nbs/00_quickstart.ipynb "$(OUT_DIR)/quickstart.ipynb" \
 		-k python3 -l python --no-progress-bar --stdout-file - --stderr-file - \
 		-r dataset $(call file_or_name,$(DATASET)) -r model $(call file_or_name,$(MODEL)) \
 		-r out_dir $(call full_path,$(OUT_DIR)) \
@@ -147,6 +147,9 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 
 real: .venv/.dev  ## the rows of chapter 10, with SmolLM2-135M-Instruct: figures/data/real_model.csv; goes on where it was stopped [SEEDS="0 1" DATA_DIR=]
 	$(PY) -m icu_nb.paper.real_model $(SEEDS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+
+scores: .venv/.dev  ## the nine benchmarks of SmolLM2-135M-Instruct: figures/data/smollm2_benchmarks.csv; goes on where it was stopped [TASKS= DATA_DIR=]
+	$(PY) -m icu_nb.paper.benchmark_scores $(TASKS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
 	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")

@@ -38,6 +38,9 @@ TASKS = {
 MODELS = ["pretrained", "memorized", "retrained", "ICU", "gradient ascent"]
 
 
+TAUGHT = []
+
+
 def make_original(name, corpus, seed, max_length):
     "Tiny models: two layers that see each text often, or not at all."
     tokenizer = train_tokenizer(people_corpus(4, 8, 0).trained_on(), 600)
@@ -46,11 +49,16 @@ def make_original(name, corpus, seed, max_length):
         return model, tokenizer, {"epochs": 0}
     texts = [] if name == "retrained" else corpus.forget
     memorize(model, tokenizer, texts, corpus.retain, repeats=8, epochs=12, max_length=max_length)
-    return model, tokenizer, {"epochs": 12, "seconds": 3.0}
+    facts = {"epochs": 12, "seconds": 3.0}
+    if name in TAUGHT:  # as from the cache
+        del facts["seconds"]
+    TAUGHT.append(name)
+    return model, tokenizer, facts
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    TAUGHT.clear()
     folder = tmp_path_factory.mktemp("real")
     run(folder)
     return folder
@@ -78,6 +86,7 @@ def test_a_row_says_what_the_model_can(made):
     assert rows.loc["memorized", "ppl_general"] == pytest.approx(general, rel=1e-5)
     assert rows.loc["memorized", "ma"] > rows.loc["retrained", "ma"]
     assert rows.loc["memorized", ["epochs", "seconds"]].tolist() == [12, 3.0]
+    assert set(rows.arithmetic) == {"fp32"}
 
 
 def test_benchmarks_are_compared_question_by_question(made):

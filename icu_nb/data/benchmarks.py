@@ -60,7 +60,7 @@ def _question(text: str, *texts: str) -> dict:
 
 def _choices(record: dict, key: str = "choices") -> list[str]:
     "At least two answers to choose from."
-    choices = record.get(key)
+    choices: Any = record.get(key)
     are_texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
     _need(are_texts and len(choices) > 1, f"{key!r} is no list of texts")
     return choices
@@ -68,7 +68,7 @@ def _choices(record: dict, key: str = "choices") -> list[str]:
 
 def _gold(record: dict, n: int) -> int:
     "The index of the right one of `n` answers."
-    gold = record.get("gold")
+    gold: Any = record.get("gold")
     _need(type(gold) is int and 0 <= gold < n, f"'gold' is {gold!r}, and there are {n} choices")
     return gold
 
@@ -156,7 +156,8 @@ _MATHQA = re.compile(r"Question: (.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nA
 def _mathqa(text: str) -> dict:
     record = _question(text, "query")
     parts = _MATHQA.fullmatch(record["query"])
-    _need(parts is not None, "the query is no question with the options A to D")
+    if parts is None:
+        raise ValueError("the query is no question with the options A to D")
     problem, *options = parts.groups()
     return {
         "Problem": problem,

@@ -235,20 +235,20 @@ def _suite_parts(
     "What a row is made of."
     if suite == "tiny":
         corpus = corpus or people_corpus()
-        texts = {"heldout": corpus.heldout, "retain": corpus.retain, "general": corpus.general_test}
-        parts = _parts("ppl", texts)
+        sets = {"heldout": corpus.heldout, "retain": corpus.retain, "general": corpus.general_test}
+        parts = _parts("ppl", sets)
         asked = people_tasks(corpus) if tasks is None else tasks
         averaged = ["people_retain"] if tasks is None else list(tasks)
         return [*parts, *_task_parts(asked, data_dir)], [f"acc_{name}" for name in averaged]
     parts = []
     for name in ("wikitext", "pile"):
-        read = partial(validation_texts, name, data_dir)
-        parts.append(_file_part("ppl", name, f"perplexity/{name}.csv", read, data_dir))
+        texts = partial(validation_texts, name, data_dir)
+        parts.append(_file_part("ppl", name, f"perplexity/{name}.csv", texts, data_dir))
     asked = list(BENCHMARKS) if tasks is None else tasks
     parts += _task_parts(asked, data_dir)
     for name in DIALOGUES:
-        read = partial(dialogue_turns, name, data_dir)
-        parts.append(_file_part("f1", name, f"dialogue/{name}.json", read, data_dir))
+        dialogues = partial(dialogue_turns, name, data_dir)
+        parts.append(_file_part("f1", name, f"dialogue/{name}.json", dialogues, data_dir))
     return parts, [f"acc_{name}" for name in asked]
 
 

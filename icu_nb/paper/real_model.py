@@ -89,16 +89,20 @@ class _Stages:
 
     def __init__(self, folder: Path):
         self._path = folder / "stages.json"
-        self._done = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         "What was measured before, or is now; anything that JSON can hold."
-        if name not in self._done:
+        done = self._read()
+        if name not in done:
             began = time.perf_counter()
-            self._done[name] = measure()
-            write_json(self._path, self._done)
+            found = measure()
+            done = {**self._read(), name: found}  # a stage within this one may have been written meanwhile
+            write_json(self._path, done)
             print(f"    {name}: {time.perf_counter() - began:.0f} s", flush=True)
-        return self._done[name]
+        return done[name]
 
 # %% ../../nbs/library/paper/real_model.ipynb #cd80daf4
 def _make_original(
@@ -141,7 +145,10 @@ class _Seed:
         return self._work / f"{self.seed}-{model.replace(' ', '_')}-{digest}"
 
     def original(self, name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, dict]":
-        return self._make_original(name, self.corpus, self.seed, self.settings.max_length)
+        "Model, tokenizer, and what was noted when it was first made."
+        sizes = self.corpus, self.seed, self.settings.max_length
+        model, tokenizer, facts = self._make_original(name, *sizes)
+        return model, tokenizer, _Stages(self.folder(name)).once("made", lambda: facts)
 
     def memorized(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         return self.original("memorized")[:2]
@@ -373,8 +380,7 @@ def _make_row(
     settings, stages = of.settings, _Stages(of.folder(name))
     start = of.start
     if name in _ORIGINALS:
-        model, tokenizer, made = of.original(name)
-        facts = stages.once("made", lambda: made)
+        model, tokenizer, facts = of.original(name)
     else:
         if name == "ICU":
             folder, facts = _run_icu(of)
@@ -384,6 +390,7 @@ def _make_row(
             folder, facts = _run_ascent(of, icu["ma"])
         model, tokenizer = load_model(folder)
     row = {"seed": of.seed, "model": name, "settings": settings.of(name)}
+    row["arithmetic"] = Arithmetic.of(model).name
     correct = {}
     with Arithmetic.of(model).autocast():
         row |= stages.once("memory", lambda: _memory(model, tokenizer, of))
