@@ -37,7 +37,7 @@ TASKS = {
         {"context": "The third is never asked", "choices": [" Leeds", " York"], "answer": 1},
     ]
 }
-MODELS = ["pretrained", "memorized", "retrained", "ICU", "gradient ascent"]
+MODELS = ["pretrained", "memorized", "ICU", "gradient ascent", "retrained"]
 
 
 TAUGHT = []
@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on(made, tmp_path, monkeypatch):
 
     def killed(*args, **options):
         asked.append(1)
-        if len(asked) == 4:  # in the row of ICU: its model is there, its benchmark is not
+        if len(asked) == 3:  # in the row of ICU: its model is there, its benchmark is not
             raise Killed
         return ask(*args, **options)
 
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on(made, tmp_path, monkeypatch):
     monkeypatch.setattr(real_model, "_ask_benchmark", killed)
     with pytest.raises(Killed):
         run(tmp_path)
-    assert list(read(tmp_path).index) == MODELS[:3]
+    assert list(read(tmp_path).index) == MODELS[:2]
     (folder,) = (tmp_path / "work").glob("0-ICU-*")
     weights = folder / "model/model.safetensors"
     trained = weights.stat().st_mtime_ns
@@ -176,7 +176,7 @@ def test_other_settings_of_unlearning_leave_the_originals(made, tmp_path):
     (tmp_path / "rows.csv").write_bytes((made / "rows.csv").read_bytes())
     of = real_model._Seed(0, real_model.dataclasses.replace(SETTINGS, learning_rate=1e-3), tmp_path, None)
     found = [real_model._find(tmp_path / "rows.csv", of, name) is not None for name in MODELS]
-    assert found == [True, True, True, False, False]
+    assert found == [True, True, False, False, True]
 
 
 def test_a_benchmark_that_cannot_be_asked_is_one_line(made, tmp_path):
@@ -202,7 +202,8 @@ def test_the_figure_has_a_dot_for_each_model_and_seed(made):
         [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
         for ax in fig.axes
     )
-    in_order = rows.set_index("model").loc[MODELS]
+    order = ["pretrained", "memorized", "retrained", "ICU", "gradient ascent"]
+    in_order = rows.set_index("model").loc[order]
     assert memory == in_order.ma.tolist() and other == in_order.ppl_heldout.tolist()
     assert benchmarks == pytest.approx((100 * in_order.classification_change.iloc[2:]).tolist())
     assert fig.get_figwidth() <= 8

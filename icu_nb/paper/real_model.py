@@ -82,7 +82,7 @@ class _Settings:
 
 
 _ORIGINALS = ("pretrained", "memorized", "retrained")
-_MODELS = (*_ORIGINALS, "ICU", "gradient ascent")
+_MODELS = ("pretrained", "memorized", "ICU", "gradient ascent", "retrained")  # nothing waits for the last
 
 # %% ../../nbs/library/paper/real_model.ipynb #2b3631f3
 class _Stages:
@@ -411,13 +411,14 @@ def run_real_model(
 ) -> None:
     "Make the rows that are not there yet, or were made with other settings."
     path = Path(path)
-    for seed in seeds:
-        of = _Seed(seed, settings, Path(work), make_original)
-        for name in _MODELS:
-            if _find(path, of, name) is None:
-                print(f"seed {seed}, {name}", flush=True)
-                row = _make_row(name, of, path, tasks or list(BENCHMARKS), data_dir)
-                put_row(row, path, ("model", "seed"))
+    several = [_Seed(seed, settings, Path(work), make_original) for seed in seeds]
+    first = [(of, name) for of in several for name in _MODELS[:-1]]
+    last = [(of, _MODELS[-1]) for of in several]
+    for of, name in first + last:
+        if _find(path, of, name) is None:
+            print(f"seed {of.seed}, {name}", flush=True)
+            row = _make_row(name, of, path, tasks or list(BENCHMARKS), data_dir)
+            put_row(row, path, ("model", "seed"))
 
 # %% ../../nbs/library/paper/real_model.ipynb #86590c22
 def _main() -> int:
