@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -54,7 +55,8 @@ def _make_row(
     seconds = round(time.process_time() - start, 1)  # of the processor: the machine may be busy
     row = table.loc[name]
     require(row["missing"] is None, "data_dir", row["missing"], "Then run it again")
-    facts = {**provenance(), "versions": json.dumps(provenance()["versions"])}
+    facts = provenance()
+    facts["versions"] = json.dumps(facts["versions"] | {"lm_eval": version("lm_eval")})
     scores = row.drop(["missing", "correct"]).to_dict()
     arithmetic = table.attrs["arithmetic"]
     return {
@@ -118,7 +120,7 @@ def _main() -> int:
             row = _make_row(name, args.data_dir)
             _add_row(row, path)
             print(
-                f"{name}: {row['accuracy']:.3f} ({row['n']} questions, {row['cpu_seconds']:.0f} s of the processor)",
+                f"{name}: {row['accuracy']:.3f} ({row['n']} questions, {row['cpu_seconds']:.0f} CPU s)",
                 flush=True,
             )
     return 0
