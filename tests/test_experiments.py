@@ -28,7 +28,7 @@ from icu_nb.pairs import prepare_task
 from icu_nb.paper import experiments, grids, measure
 from icu_nb.paper import setup as paper_setup
 from icu_nb.paper import trial as paper_trial
-from icu_nb.paper.experiments import _claim, _store, _write_rows, main, _run_experiment
+from icu_nb.paper.experiments import _claim, _main, _run_experiment, _store, _write_rows
 from icu_nb.paper.grids import EXPERIMENTS, PROFILES, Experiment, list_trials
 from icu_nb.paper.rows import COLUMNS, SCHEMA, read_csv, read_rows
 from icu_nb.paper.setup import LocalFiles, Setup, Trial, TrialSettings, prepare_setup
@@ -285,14 +285,14 @@ def test_what_could_not_run_is_listed_and_the_rest_is_run(mini, tmp_path, monkey
         return make(trial, files)
 
     monkeypatch.setattr(experiments, "run_trial", fail)
-    assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 3
+    assert _main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 3
     said = capsys.readouterr().out
     assert (
         read_rows(tmp_path, "mini").label.tolist() == ["original", "graddiff"]
         and "ga, people, tiny gpt-neo, seed 0 (`encoder`: there is none.)" in said.split("Not run:")[1]
     )
     monkeypatch.setattr(experiments, "run_trial", make)
-    assert main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert _main(["run", "mini", "--seeds", "1", "--out", str(tmp_path)]) == 0
 
 
 def test_a_model_that_diverged_stops_no_grid(mini, tmp_path, monkeypatch):
@@ -365,7 +365,7 @@ def test_a_changed_file_is_told_and_kept(stored, damage, says):
     stored.write_text(wrong)
     with pytest.raises(InputError, match=says):
         read_rows(stored.parent, "mini")
-    assert main(["run", "mini", "--out", str(stored.parent)]) == 2 and stored.read_text() == wrong
+    assert _main(["run", "mini", "--out", str(stored.parent)]) == 2 and stored.read_text() == wrong
 
 
 def test_labels_and_commits_stay_text(stored):
@@ -589,7 +589,7 @@ def test_a_judge_is_asked_about_every_text_if_one_is_named(setup, mini, tmp_path
 
 def test_a_judge_that_cannot_be_asked_is_told_before_anything_is_computed(mini, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert main(["run", "mini", "--judge", "wise", "--out", str(tmp_path)]) == 2 and not mini
+    assert _main(["run", "mini", "--judge", "wise", "--out", str(tmp_path)]) == 2 and not mini
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the memory of the GPU is watched")
@@ -718,7 +718,7 @@ def test_what_another_process_makes_is_left_to_it(mini, tmp_path):
 
 def test_the_shell_says_what_others_have_in_hand(mini, tmp_path, capsys):
     with _claim(tmp_path, "mini", "people", "tiny gpt-neo", 0):
-        assert main(["run", "mini", "--out", str(tmp_path)]) == 0
+        assert _main(["run", "mini", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert (
         "Not run" not in said
@@ -726,7 +726,7 @@ def test_the_shell_says_what_others_have_in_hand(mini, tmp_path, capsys):
         and "All runs are there" not in said
     )
     assert (
-        main(["run", "mini", "--out", str(tmp_path)]) == 0
+        _main(["run", "mini", "--out", str(tmp_path)]) == 0
         and "All runs are there." in capsys.readouterr().out
     )
 
@@ -765,23 +765,23 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(mini, tmp_pat
 
 
 def test_tables_and_overviews(mini, tmp_path, capsys):
-    assert main(["table", "mini", "--out", str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
+    assert _main(["table", "mini", "--out", str(tmp_path)]) == 0 and "no rows" in capsys.readouterr().out
     _run_experiment("mini", folder=tmp_path, tell=lambda _: None)
-    assert main(["table", "mini", "--out", str(tmp_path)]) == 0
+    assert _main(["table", "mini", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "ppl_heldout" in lines[0] and [
         next(word for word in ("original", "graddiff", "ga") if word in line.split()) for line in lines[2:]
     ] == ["original", "ga", "graddiff"]
     assert all(line.split()[-1] == "2" and "not run" in line for line in lines[2:])
     assert (
-        main(["table", "mini", "--profile", "gpu", "--out", str(tmp_path)]) == 0
+        _main(["table", "mini", "--profile", "gpu", "--out", str(tmp_path)]) == 0
         and "no rows of profile gpu" in capsys.readouterr().out
     )
     for task in (["list"], ["status", "--out", str(tmp_path)]):
-        assert main(task) == 0
+        assert _main(task) == 0
         said = capsys.readouterr().out
         assert all(name in said for name in PROFILES["tiny"].experiments)
-    assert main(["table", "nothing"]) == 2 and "main_table" in capsys.readouterr().err
+    assert _main(["table", "nothing"]) == 2 and "main_table" in capsys.readouterr().err
 
 
 def test_from_a_shell():

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from icu_nb.errors import InputError
 from icu_nb.evals.membership import (
-    MEMBERSHIP_ATTACKS,
+    _ATTACKS,
     _compare_pairs,
     _Evidence,
     _gradient_norms,
@@ -77,8 +77,8 @@ def test_scores_against_references():
             "reference": sum(log_p) / n - sum(e.reference[i][0]) / n,
             "gradient norm": -e.gradient[i],
         }
-        assert expected.keys() == MEMBERSHIP_ATTACKS.keys()
-        assert {name: score(e)[i] for name, score in MEMBERSHIP_ATTACKS.items()} == pytest.approx(expected)
+        assert expected.keys() == _ATTACKS.keys()
+        assert {name: score(e)[i] for name, score in _ATTACKS.items()} == pytest.approx(expected)
 
 
 def test_lowest_keeps_one_at_least():
@@ -106,7 +106,7 @@ def test_batches_change_nothing_and_texts_are_cut(tiny):
     one, all_at_once = (_token_evidence(tiny.model, tiny.sequences, batch_size=size) for size in (1, 8))
     assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(one, all_at_once, strict=False))
     table = membership_scores(tiny.model, tiny.tokenizer, tiny.forget, max_length=20)
-    assert list(table) == [name for name in MEMBERSHIP_ATTACKS if name != "reference"] and len(table) == 8
+    assert list(table) == [name for name in _ATTACKS if name != "reference"] and len(table) == 8
     cut = tiny.tokenizer.decode(tiny.tokenizer(tiny.forget[0])["input_ids"][:20])
     assert table.zlib[0] == pytest.approx(table.loss[0] / len(zlib.compress(cut.encode())))
     assert usable_length(tiny.model) == 64 and usable_length(tiny.model, 20) == 20
@@ -120,7 +120,7 @@ def test_memorized_texts_look_like_members_to_every_attack(tiny):
         membership_scores(tiny.model, tiny.tokenizer, texts, reference=stranger, max_length=48)
         for texts in (tiny.forget, tiny.heldout)
     )
-    for name in MEMBERSHIP_ATTACKS:  # eight of each: too few for `auc`, enough for their order
+    for name in _ATTACKS:  # eight of each: too few for `auc`, enough for their order
         assert members[name].median() > others[name].median(), name
 
 

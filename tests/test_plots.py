@@ -330,7 +330,7 @@ def test_no_text_of_a_figure_covers_another(name, folder):
 def test_figures_are_the_same_bytes_again(folder, tmp_path):
     for out in ("first", "second"):
         assert (
-            plots.main(["ablation", "case_study", "--data", str(folder), "--out", str(tmp_path / out)]) == 0
+            plots._main(["ablation", "case_study", "--data", str(folder), "--out", str(tmp_path / out)]) == 0
         )
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("first", "second")
@@ -354,7 +354,7 @@ def test_the_stored_figures_come_out_again(stem, tmp_path):
     if f"Matplotlib v{version('matplotlib')}" not in (stored / f"{stem}.svg").read_text(encoding="utf-8"):
         pytest.skip("drawn by another version of matplotlib")
     assert (
-        plots.main([name, "--profile", profile, "--data", str(stored / "data"), "--out", str(tmp_path)]) == 0
+        plots._main([name, "--profile", profile, "--data", str(stored / "data"), "--out", str(tmp_path)]) == 0
     )
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.svg", f"{stem}.png"}
     (said, numbers), (stored_said, stored_numbers) = (
@@ -384,9 +384,9 @@ def test_damaged_rows_are_not_drawn(folder, tmp_path):
 
 def test_what_has_no_rows_is_named(tmp_path, capsys):
     for names, status in [(["ablation"], 1), ([], 0)]:  # who asks for all wants those that there are
-        assert plots.main([*names, "--data", str(tmp_path), "--out", str(tmp_path)]) == status
+        assert plots._main([*names, "--data", str(tmp_path), "--out", str(tmp_path)]) == status
         assert "ablation: not drawn" in capsys.readouterr().out and not list(tmp_path.glob("ablation*"))
-    assert plots.main(["ablatoin"]) == 2
+    assert plots._main(["ablatoin"]) == 2
 
 
 def test_a_broken_model_does_not_flatten_the_others():

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 
+import matplotlib.pyplot as plt
 import pytest
 from test_project import NBS, ROOT, cells, tags, text
 
 from icu_nb.errors import InputError
+from icu_nb.paper.chapter_figures import plot_quickstart
 
 NOTEBOOK = NBS / "00_quickstart.ipynb"
 STATES = {"before", "after", "gradient_ascent", "pretrained"}
@@ -153,6 +155,28 @@ def test_unlearning_is_followed_by_ma_and_by_epochs():
     told.clear()
     follow(0.5, 10)(None, {"ma": 0.4})  # nothing is to be forgotten
     assert told[0][0] == 1.0
+
+
+# ---- the picture ----
+
+
+@pytest.mark.parametrize(
+    ("ma", "el10", "title"),
+    [
+        (0.4, 0.05, "The forget set is forgotten"),
+        (0.41, 0.0, "ICU is over its thresholds"),
+        (0.3, 0.06, "ICU is over its thresholds"),
+    ],
+)
+def test_the_picture_says_what_was_reached(ma, el10, title):
+    scores = {"ma": 1.0, "el10": 1.0, "neighbor_ppl": 2.0, "heldout_ppl": 3.0, "general_ppl": 30.0}
+    states = {"original": scores, "ICU": scores | {"ma": ma, "el10": el10}, "pretrained": scores}
+    example = {"states": states, "thresholds": {"ma": 0.4, "el": 0.05}, "prompt": ""}
+    fig = plot_quickstart(example)
+    assert fig.axes[0].get_title() == title
+    names = [label.get_text() for label in fig.legends[0].get_texts()]
+    assert names == ["threshold", "original", "ICU", "pretrained"]
+    plt.close(fig)
 
 
 # ---- the whole notebook, with the pretrained model ----

@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -12,6 +13,7 @@ from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models.loading import load_model
 from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
 from icu_nb.paper import real_model
+from icu_nb.paper.chapter_figures import plot_real_model
 from icu_nb.paper.real_model import run_real_model
 from icu_nb.text import tokenize
 
@@ -191,3 +193,17 @@ def test_standard_errors():
     assert columns["classification_se"] == pytest.approx(math.sqrt((1 / 3 + 0.25) / 4) / 2)
     assert columns["classification_change"] == -0.125
     assert columns["classification_change_se"] == pytest.approx(math.sqrt(0.25 / 4) / 2)
+
+
+def test_the_figure_has_a_dot_for_each_model_and_seed(made):
+    rows = pd.concat([pd.read_csv(made / "rows.csv"), pd.read_csv(made / "rows.csv").assign(seed=1)])
+    fig = plot_real_model(rows)
+    memory, other, benchmarks = (
+        [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+        for ax in fig.axes
+    )
+    in_order = rows.set_index("model").loc[MODELS]
+    assert memory == in_order.ma.tolist() and other == in_order.ppl_heldout.tolist()
+    assert benchmarks == pytest.approx((100 * in_order.classification_change.iloc[2:]).tolist())
+    assert fig.get_figwidth() <= 8
+    plt.close(fig)

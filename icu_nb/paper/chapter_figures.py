@@ -70,7 +70,10 @@ def plot_quickstart(
         _write_texts(fig.add_subplot(grid[0, :]), example)
     left, right = fig.add_subplot(grid[-1, 0]), fig.add_subplot(grid[-1, 1])
     _draw_bars(left, example["states"], ["ma", "el10"], ["MA", "EL$_{10}$"])
-    left.set(title="The forget set is forgotten", ylabel="mean over the forget set", ylim=(0, 1.1))
+    icu, limits = example["states"]["ICU"], example["thresholds"]
+    forgotten = icu["ma"] <= limits["ma"] and icu["el10"] <= limits["el"]
+    title = "The forget set is forgotten" if forgotten else "ICU is over its thresholds"
+    left.set(title=title, ylabel="mean over the forget set", ylim=(0, 1.1))
     for i, limit in enumerate(example["thresholds"].values()):
         label = "threshold" if i == 0 else "_nolegend_"
         left.hlines(limit, i - 0.45, i + 0.45, color="black", ls=":", lw=1.5, label=label)
