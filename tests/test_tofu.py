@@ -21,7 +21,7 @@ from icu_nb.errors import DownloadError, ICUError, InputError, NonFinite
 from icu_nb.evals import tofu
 from icu_nb.evals.tofu import evaluate_tofu
 from icu_nb.iur import Thresholds
-from icu_nb.models.loading import load_model
+from icu_nb.models.loading import add_lora, load_model, merge_lora
 from icu_nb.unlearn import unlearn
 
 pytest.importorskip("rouge_score")
@@ -475,6 +475,23 @@ def test_a_model_stays_as_it_was(asked, folder):
     assert model.training and model.generation_config is settings
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_adapter_is_measured_like_its_merged_model(asked, folder):
+    pytest.importorskip("peft")
+    model, tokenizer, _ = asked
+    adapted = add_lora(copy.deepcopy(model), 4)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    options = {"data_dir": folder, "limit": 2, "max_new_tokens": 6}
+    found = evaluate_tofu(adapted, tokenizer, "forget01", **options)
+    merged = evaluate_tofu(merge_lora(adapted, copy_to="cpu"), tokenizer, "forget01", **options)
+    assert found["truth_ratios"] == pytest.approx(merged["truth_ratios"], rel=1e-5)
+    assert found["forget_rouge"] == merged["forget_rouge"]
+    plain = evaluate_tofu(model, tokenizer, "forget01", **options)
+    assert found["truth_ratios"] != pytest.approx(plain["truth_ratios"], rel=1e-3)
 
 
 # ---- bad input ----
