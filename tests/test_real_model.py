@@ -3,6 +3,7 @@
 import json
 import math
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -12,6 +13,7 @@ from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models.loading import load_model
 from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
 from icu_nb.paper import real_model
+from icu_nb.paper.chapter_figures import plot_real_model
 from icu_nb.paper.real_model import run_real_model
 from icu_nb.text import tokenize
 
@@ -35,7 +37,7 @@ TASKS = {
         {"context": "The third is never asked", "choices": [" Leeds", " York"], "answer": 1},
     ]
 }
-MODELS = ["pretrained", "memorized", "retrained", "ICU", "gradient ascent"]
+MODELS = ["pretrained", "memorized", "ICU", "gradient ascent", "retrained"]
 
 
 TAUGHT = []
@@ -151,7 +153,7 @@ def test_a_killed_run_goes_on(made, tmp_path, monkeypatch):
 
     def killed(*args, **options):
         asked.append(1)
-        if len(asked) == 4:  # in the row of ICU: its model is there, its benchmark is not
+        if len(asked) == 3:  # in the row of ICU: its model is there, its benchmark is not
             raise Killed
         return ask(*args, **options)
 
@@ -159,7 +161,7 @@ def test_a_killed_run_goes_on(made, tmp_path, monkeypatch):
     monkeypatch.setattr(real_model, "_ask_benchmark", killed)
     with pytest.raises(Killed):
         run(tmp_path)
-    assert list(read(tmp_path).index) == MODELS[:3]
+    assert list(read(tmp_path).index) == MODELS[:2]
     (folder,) = (tmp_path / "work").glob("0-ICU-*")
     weights = folder / "model/model.safetensors"
     trained = weights.stat().st_mtime_ns
@@ -174,7 +176,7 @@ def test_other_settings_of_unlearning_leave_the_originals(made, tmp_path):
     (tmp_path / "rows.csv").write_bytes((made / "rows.csv").read_bytes())
     of = real_model._Seed(0, real_model.dataclasses.replace(SETTINGS, learning_rate=1e-3), tmp_path, None)
     found = [real_model._find(tmp_path / "rows.csv", of, name) is not None for name in MODELS]
-    assert found == [True, True, True, False, False]
+    assert found == [True, True, False, False, True]
 
 
 def test_a_benchmark_that_cannot_be_asked_is_one_line(made, tmp_path):
@@ -191,3 +193,18 @@ def test_standard_errors():
     assert columns["classification_se"] == pytest.approx(math.sqrt((1 / 3 + 0.25) / 4) / 2)
     assert columns["classification_change"] == -0.125
     assert columns["classification_change_se"] == pytest.approx(math.sqrt(0.25 / 4) / 2)
+
+
+def test_the_figure_has_a_dot_for_each_model_and_seed(made):
+    rows = pd.concat([pd.read_csv(made / "rows.csv"), pd.read_csv(made / "rows.csv").assign(seed=1)])
+    fig = plot_real_model(rows)
+    memory, other, benchmarks = (
+        [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+        for ax in fig.axes
+    )
+    order = ["pretrained", "memorized", "retrained", "ICU", "gradient ascent"]
+    in_order = rows.set_index("model").loc[order]
+    assert memory == in_order.ma.tolist() and other == in_order.ppl_heldout.tolist()
+    assert benchmarks == pytest.approx((100 * in_order.classification_change.iloc[2:]).tolist())
+    assert fig.get_figwidth() <= 8
+    plt.close(fig)

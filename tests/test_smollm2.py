@@ -21,6 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -60,6 +61,10 @@ def left(cache):
     return sorted(path for path in (cache / "models" / "smollm2-v1").glob("*") if path.name != "lock")
 
 
+def logging_settings():
+    return logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+
+
 # ---- the real file ----
 
 
@@ -69,7 +74,7 @@ class Real:
     def __init__(self, cache):
         self.gguf = smollm2._gguf_file()
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-        settings = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        settings = logging_settings()
         default, said = torch.get_default_dtype(), io.StringIO()
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -87,7 +92,7 @@ class Real:
         self.said = said.getvalue()
         after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         self.same_state = torch.equal(before[0], after[0]) and before[1:] == after[1:]
-        self.same_settings = settings == (logging.get_verbosity(), logging.is_progress_bar_enabled())
+        self.same_settings = settings == logging_settings()
         self.cache = cache
 
     def from_pretrained(self, *given, original=LlamaForCausalLM.from_pretrained, **options):
@@ -290,6 +295,17 @@ def test_a_small_file_becomes_a_model(small, cache):
     step = (expected.max() - expected.min()) / 15
     found = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
     assert np.abs(found - expected).max() <= step and not np.array_equal(found, expected)
+
+
+def test_the_bars_of_the_hub_stay_off(small, capsys):
+    """transformers' own switch turns both off and both on."""
+    disable_progress_bars()
+    try:
+        load_model("smollm2", device="cpu")
+        assert are_progress_bars_disabled() and logging.is_progress_bar_enabled()
+    finally:
+        enable_progress_bars()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_another_file_gets_another_folder(small):

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from benchmark_files import write_benchmarks
@@ -279,12 +280,14 @@ def test_one_pass_for_answers_of_one_token(reader, files, monkeypatch):
         return forward(self, input_ids, **options)
 
     monkeypatch.setattr(type(model), "forward", counted)
+    words = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    known = [word[1:] for word in words if word.startswith(" ") and len(tokenizer(word).input_ids) == 1]
+    letters = [word for word in known if word.strip() == word and word][:3]
+    assert len(letters) == 3
     prompt = "The answer is one of these letters:" * 20
-    letters = [token for token in "abcd" if len(tokenizer(f" {token}").input_ids) == 1] or ["a"]
-    questions = [{"context": f"{prompt} {i}", "choices": [*letters, "b c d"], "answer": 0} for i in range(6)]
-    evaluate_tasks(model, tokenizer, {"letters": questions}, max_length=1024, batch_size=4)
-    rows = sum(rows for rows, _ in sizes)
-    assert rows < 6 * len(questions[0]["choices"]) or len(letters) == 1
+    questions = [{"context": f"{prompt} {i}", "choices": letters, "answer": 0} for i in range(6)]
+    table = evaluate_tasks(model, tokenizer, {"letters": questions}, max_length=1024, batch_size=4)
+    assert sum(rows for rows, _ in sizes) == 6 and table.loc["letters", "n"] == 6  # of 18 requests
     assert max(rows * width for rows, width in sizes) <= 2048
 
 
@@ -465,6 +468,27 @@ def test_answer_longer_than_the_model_reads(tiny, files):
         evaluate_tasks(tiny.model, tiny.tokenizer, {"long": questions})
 
 
+@pytest.mark.parametrize("answer", [2, -1, True, "York", None])
+def test_answer_that_is_no_choice(reader, answer):
+    questions = [{"context": "Ann", "choices": ["Leeds", "York"], "answer": 0}]
+    questions.append({**questions[0], "answer": answer})
+    with pytest.raises(
+        InputError, match=rf"`questions`: in mine, question 1 has 2 choices and the answer {answer!r}"
+    ):
+        evaluate_tasks(*reader, {"mine": questions})
+    with pytest.raises(InputError, match="`questions`: in mine, question 0 has neither choices nor a text"):
+        evaluate_tasks(*reader, {"mine": [{"context": "Ann", "answer": 1}]})
+
+
+def test_no_file_is_ordered_by_its_answers(shared_data):
+    """So the first questions are as good for comparing models as any."""
+    for name in set(NINE) - {"lambada"}:
+        answers = [gold_of(name, document) for document in BENCHMARKS[name].documents(shared_data)[:50]]
+        n_choices = max(answers) + 1
+        assert len(set(answers)) == n_choices > 1
+        assert max(map(answers.count, set(answers))) <= 40
+
+
 @pytest.mark.parametrize(
     "tasks, problem",
     [
@@ -477,3 +501,56 @@ def test_answer_longer_than_the_model_reads(tiny, files):
 def test_unknown_task(reader, tasks, problem):
     with pytest.raises(InputError, match=f"`tasks`: {problem}"):
         evaluate_tasks(*reader, tasks)
+
+
+# ---- rows of the real model ----
+
+
+def test_row_of_a_benchmark(reader, files, monkeypatch, tmp_path):
+    """What is stored beside the number, and that a row that is there is not made again."""
+    from icu_nb.paper import benchmark_scores
+
+    monkeypatch.setattr(benchmark_scores, "load_model", lambda name: reader)
+    path = tmp_path / "rows.csv"
+    names = ["hellaswag", "arc_easy", "arc_challenge"]
+    command = ["scores", *names, "--data-dir", str(files), "--rows", str(path)]
+    monkeypatch.setattr("sys.argv", command)
+    benchmark_scores._main()
+    rows = pd.read_csv(path)
+    assert rows["task"].tolist() == [*names, "arc (average)"] and rows["published"].count() == 2
+    facts = [
+        "n",
+        "acc",
+        "acc_norm",
+        "stderr",
+        "chance",
+        "note",
+        "device",
+        "versions",
+        "commit",
+        "cpu_seconds",
+    ]
+    assert rows.loc[:2, facts].notna().all(axis=None) and rows.loc[:2, "n"].tolist() == [2, 2, 2]
+    parts = rows.loc[1:2, "acc_norm"]
+    assert rows.loc[3, "acc_norm"] == parts.mean()
+    assert rows.loc[3, "stderr"] == pytest.approx(np.sqrt(sum(p * (1 - p) / 1 for p in parts)) / 2)
+    monkeypatch.setattr(benchmark_scores, "_make_row", lambda *args: pytest.fail("made again"))
+    benchmark_scores._main()
+
+
+def test_stored_scores_of_smollm2():
+    """Whole sets but for two; no question is cut; every number comes with how it was made."""
+    path = Path(__file__).parents[1] / "figures/data/smollm2_benchmarks.csv"
+    rows = pd.read_csv(path).set_index("task")
+    sizes = dict(zip(NINE, [1000, 1000, 1267, 100, 2376, 1172, 1838, 2983, 500], strict=True))
+    sizes["arc (average)"] = 2376 + 1172
+    assert rows["n"].to_dict() == {name: n for name, n in sizes.items() if name in rows.index}
+    measured = rows.drop(index="arc (average)", errors="ignore")
+    assert (measured["cut"] == 0).all() and (measured["arithmetic"] == "bf16").all()
+    assert measured[["commit", "versions", "machine", "cpu_seconds", "note"]].notna().all(axis=None)
+    assert rows["model"].eq("SmolLM2-135M-Instruct, dequantized from 4 bits").all()
+    published = {"hellaswag": 0.409, "piqa": 0.663, "arc (average)": 0.373}
+    for name, row in rows.iterrows():
+        assert row["published"] == published[name] if name in published else math.isnan(row["published"])
+    above = measured["low"] > measured["chance"]
+    assert above[[name for name in measured.index if name in ("hellaswag", "arc_easy", "piqa", "copa")]].all()

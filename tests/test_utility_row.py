@@ -440,6 +440,7 @@ def test_a_file_that_is_not_there_is_named_with_its_public_source(
         ({"tasks": []}, "tasks", "no list of names"),
         ({"tasks": "piqa"}, "tasks", "no list of names"),
         ({"max_length": 32}, "max_length", "leave no room"),
+        ({"suite": "tiny", "max_length": 0}, "max_length", "0 is not a whole number at least 2"),
         ({"suite": "large"}, "suite", 'Known: "tiny", "paper"'),
         ({"data_dir": "nowhere"}, "data_dir", "nowhere is not a folder"),
     ],

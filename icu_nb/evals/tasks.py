@@ -55,6 +55,19 @@ def _write_config(folder: Path, name: str, config: dict) -> Path:
     return path
 
 
+def _check_answer(name: str, place: int, question: dict) -> None:
+    "The harness would count an answer that is not there as wrong."
+    answer = question.get("answer")
+    if "choices" in question:
+        n = len(question["choices"])
+        is_one = type(answer) is int and 0 <= answer < n
+        problem = f"in {name}, question {place} has {n} choices and the answer {answer!r}"
+        require(is_one, "questions", problem, f"Give an index from 0 to {n - 1}")
+    else:
+        problem = f"in {name}, question {place} has neither choices nor a text as its answer"
+        require(isinstance(answer, str) and bool(answer), "questions", problem, "Give one of them")
+
+
 def _write_task(
     folder: Path,  # where the two files go
     name: str,  # of the task
@@ -62,6 +75,8 @@ def _write_task(
 ) -> Path:  # the YAML file
     "A task of one's own: NAME.jsonl and NAME.yaml."
     require(len(questions) > 0, "questions", f"{name} has none", "Give at least one")
+    for place, question in enumerate(questions):
+        _check_answer(name, place, question)
     config = {
         **_local_data(folder, name, questions),
         "output_type": "loglikelihood",

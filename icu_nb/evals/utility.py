@@ -303,14 +303,14 @@ def evaluate_utility(
     batch_size: int = 32,  # sequences per forward pass
     resume_dir: str | Path | None = None,  # a folder that keeps each finished part; None: nothing is kept
     data_dir: str | Path | None = None,  # see `data_folder`
-) -> (
-    pd.DataFrame
-):  # one row: suite, limit, arithmetic, ppl_*, acc_*, f1_*, classification, dialogue; and se_*
+) -> pd.DataFrame:  # suite, limit, arithmetic, ppl_*, acc_*, f1_*, classification, dialogue, se_* of all
     "What a model can still do, in one row with standard errors; an average is NaN where a part is missing."
     require(suite in _LENGTHS, "suite", f"{suite!r} is not known", 'Known: "tiny", "paper"')
     require_package("lm_eval", "evals")
     if limit is not None:
         limit = require_number("limit", limit, 1, whole=True, otherwise="None for all, or ")
+    if max_length is not None:
+        require_number("max_length", max_length, 2, whole=True, otherwise="None, or ")
     data_folder(data_dir)  # one that is no folder is an error, and not a reason to miss a part
     width = int(min(max_length or _LENGTHS[suite], context_length(model)))
     room = f"{width} tokens leave no room for a dialogue and its reply of {_REPLY}"

@@ -11,9 +11,10 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from huggingface_hub.errors import (
@@ -174,16 +175,14 @@ def _quietly(
     bars: bool,  # whether progress bars stay
 ) -> Iterator[None]:
     "No warnings from transformers inside."
-    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
-    if not bars:
-        logging.disable_progress_bar()
     try:
-        yield
+        # transformers' own switch would switch the Hub's bars, too, and leave them on afterwards.
+        with nullcontext() if bars else patch.object(logging, "_tqdm_active", False, create=True):
+            yield
     finally:
-        logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()
+        logging.set_verbosity(before)
 
 
 def _packaged_model(revision: str | None) -> Path:

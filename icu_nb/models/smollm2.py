@@ -109,17 +109,15 @@ def _check_kind(gguf: Path, reader: "GGUFReader") -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     "No progress bars and no warnings from transformers inside."
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     loader = "transformers.modeling_gguf_pytorch_utils"
     with ExitStack() as stack:
         if importlib.util.find_spec(loader):  # its bar knows no switch
             no_bar = functools.partial(tqdm, disable=True)
             stack.enter_context(patch(f"{loader}.tqdm", no_bar, create=True))
-        stack.callback(logging.set_verbosity, level)
+        # transformers' own switch would switch the Hub's bars, too, and leave them on afterwards.
+        stack.enter_context(patch.object(logging, "_tqdm_active", False, create=True))
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
         logging.set_verbosity_error()
-        if bars:
-            stack.callback(logging.enable_progress_bar)
-            logging.disable_progress_bar()
         yield
 
 

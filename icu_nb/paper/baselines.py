@@ -22,8 +22,9 @@ from ..methods.edits import add_vector, task_vector
 from ..methods.registry import METHODS, Method, get_method
 from ..metrics import memorization_accuracy, memorization_scores, perplexity
 from ..models.loading import add_lora
+from .rows import put_row
 from .setup import Setup, prepare_setup
-from ..plumbing import atomic_path, provenance, seed_everything
+from ..plumbing import seed_everything
 from ..text import Sequences, tokenize
 from ..unlearn import unlearn
 
@@ -172,16 +173,6 @@ def read_baselines(
     return rows.assign(settings=rows.settings.fillna(""))
 
 
-def _put_row(row: dict[str, Any], path: Path) -> None:
-    "Write a row in place of its older one, with where it was made."
-    facts = provenance()
-    versions = " ".join(f"{name}=={version}" for name, version in facts.pop("versions").items())
-    rows, new = read_baselines(path), pd.DataFrame([{**row, **facts, "versions": versions}])
-    others = rows[(rows.method != row["method"]) | (rows.seed != row["seed"])]
-    with atomic_path(path) as temporary:
-        pd.concat([others, new] if len(others) else [new], ignore_index=True).to_csv(temporary, index=False)
-
-
 def run_baselines(
     path: Path,  # baselines.csv; it grows row by row
     names: Iterable[str],  # keys of `METHODS`
@@ -194,4 +185,4 @@ def run_baselines(
             rows = read_baselines(path)
             there = rows[(rows.method == name) & (rows.seed == seed) & (rows.settings == _settings(name))]
             if there.empty:
-                _put_row(baseline_row(name, seed), path)
+                put_row(baseline_row(name, seed), path, ("method", "seed"))

@@ -33,7 +33,8 @@ from ..metrics import memorization_scores, perplexity
 from ..models.loading import load_model
 from ..objective import GradientAscent
 from ..pairs import prepare_task
-from ..plumbing import Arithmetic, atomic_path, provenance, write_json
+from .rows import put_row
+from ..plumbing import Arithmetic, write_json
 from ..teaching import real_model
 from ..text import pad_id, tokenize
 from ..unlearn import unlearn
@@ -81,7 +82,7 @@ class _Settings:
 
 
 _ORIGINALS = ("pretrained", "memorized", "retrained")
-_MODELS = (*_ORIGINALS, "ICU", "gradient ascent")
+_MODELS = ("pretrained", "memorized", "ICU", "gradient ascent", "retrained")  # nothing waits for the last
 
 # %% ../../nbs/library/paper/real_model.ipynb #2b3631f3
 class _Stages:
@@ -359,16 +360,6 @@ def _find(path: Path, of: _Seed, model: str) -> dict[str, Any] | None:
     return None if there.empty else there.iloc[0].to_dict()
 
 
-def _put(row: dict[str, Any], path: Path) -> None:
-    "Write a row in place of its older one, with where it was made."
-    facts = provenance()
-    versions = " ".join(f"{name}=={version}" for name, version in facts.pop("versions").items())
-    rows, new = _read(path), pd.DataFrame([{**row, **facts, "versions": versions}])
-    others = rows[(rows.seed != row["seed"]) | (rows.model != row["model"])]
-    with atomic_path(path) as temporary:
-        pd.concat([others, new] if len(others) else [new], ignore_index=True).to_csv(temporary, index=False)
-
-
 def _make_row(
     name: str,  # one of `_MODELS`
     of: _Seed,
@@ -420,12 +411,14 @@ def run_real_model(
 ) -> None:
     "Make the rows that are not there yet, or were made with other settings."
     path = Path(path)
-    for seed in seeds:
-        of = _Seed(seed, settings, Path(work), make_original)
-        for name in _MODELS:
-            if _find(path, of, name) is None:
-                print(f"seed {seed}, {name}", flush=True)
-                _put(_make_row(name, of, path, tasks or list(BENCHMARKS), data_dir), path)
+    several = [_Seed(seed, settings, Path(work), make_original) for seed in seeds]
+    first = [(of, name) for of in several for name in _MODELS[:-1]]
+    last = [(of, _MODELS[-1]) for of in several]
+    for of, name in first + last:
+        if _find(path, of, name) is None:
+            print(f"seed {of.seed}, {name}", flush=True)
+            row = _make_row(name, of, path, tasks or list(BENCHMARKS), data_dir)
+            put_row(row, path, ("model", "seed"))
 
 # %% ../../nbs/library/paper/real_model.ipynb #86590c22
 def _main() -> int:
