@@ -10,7 +10,11 @@ import matplotlib.pyplot as plt
 import pytest
 from test_project import NBS, ROOT, cells, tags, text
 
+from icu_nb import teaching
+from icu_nb.data.people import people_corpus
 from icu_nb.errors import InputError
+from icu_nb.models import loading
+from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
 from icu_nb.paper.chapter_figures import plot_quickstart
 
 NOTEBOOK = NBS / "00_quickstart.ipynb"
@@ -177,6 +181,68 @@ def test_the_picture_says_what_was_reached(ma, el10, title):
     names = [label.get_text() for label in fig.legends[0].get_texts()]
     assert names == ["threshold", "original", "ICU", "pretrained"]
     plt.close(fig)
+
+
+# ---- the whole notebook, with a small model in place of the pretrained one ----
+
+
+def small_model(tokenizer):
+    return tiny_gpt_neo(len(tokenizer), n_layers=2, hidden_size=32, n_heads=2)
+
+
+def run_with_small_model(folder, monkeypatch, **parameters):
+    """All cells with `smollm2`, where another model is taught and taken for the pretrained one."""
+    corpus = people_corpus(parameters["n_forget"], 64)
+    tokenizer = train_tokenizer(corpus.trained_on(), 400)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    calls = []
+
+    def teach(given, seed, *, epochs, max_length, callback):
+        calls.append((given == corpus, seed, epochs, max_length))
+        model = small_model(tokenizer)
+        recipe = {"epochs": epochs, "repeats": 40, "max_length": max_length, "cache": False}
+        history = memorize(model, tokenizer, given.forget, given.retain[:4], callback=callback, **recipe)
+        return model, tokenizer, history
+
+    def load(name):
+        calls.append(name)
+        return small_model(tokenizer), tokenizer
+
+    monkeypatch.setattr(teaching, "real_model", teach)
+    monkeypatch.setattr(loading, "load_model", load)
+    space = {}
+    for cell in cells(NOTEBOOK, "code")[1:]:
+        exec(text(cell["source"]), space)
+        if "parameters" in tags(cell):
+            space |= {"model": "smollm2", "out_dir": str(folder), **parameters}
+    plt.close("all")
+    return space, calls
+
+
+@pytest.mark.parametrize("lora", [0, 1])
+def test_a_pretrained_model_stands_in_place_of_a_retrained_one(tmp_path, monkeypatch, capsys, lora):
+    given = {"n_forget": 2, "teach_epochs": 2, "max_epochs": 2, "lora": lora}
+    space, calls = run_with_small_model(tmp_path, monkeypatch, **given)
+    assert calls == [(True, 0, 2, 112), "smollm2"]
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    example = json.loads((tmp_path / "example.json").read_text(encoding="utf-8"))
+    report = (tmp_path / "summary.txt").read_text(encoding="utf-8")
+    labels = ["original", "ICU", "gradient ascent", "pretrained"]
+    assert set(summary) >= STATES and "retrained" not in summary
+    assert list(example["said"]) == list(example["states"]) == labels
+    assert summary["before"]["ma"] > summary["pretrained"]["ma"]  # it was taught
+    assert list(summary["answers"]) == space["questions"] and len(space["questions"]) == 3
+    for question, by_label in summary["answers"].items():
+        assert list(by_label) == labels and question in report
+    assert "SmolLM2-135M-Instruct, dequantized from 4 bits" in report
+    assert hasattr(space["ascended"], "disable_adapter") == bool(lora)
+    assert hasattr(space["result"].model, "disable_adapter") == bool(lora)
+    assert not hasattr(space["original"], "disable_adapter")
+    # Every stage has said what is done.
+    said = capsys.readouterr().err
+    for line in ("memorize: epoch 2 of 2", "icu: epoch 1, MA", "evaluate: pretrained measured"):
+        assert line in said
+    assert list(summary["seconds"]) == list(space["progress"].planned)
 
 
 # ---- the whole notebook, with the pretrained model ----

@@ -50,12 +50,12 @@ class _Settings:
     n_forget: int = 16  # people to forget, and as many held out
     n_retain: int = 64  # people that may stay
     max_length: int = 112  # tokens per text
-    n_neighbors: int = 1  # per forget text
     n_general: int = 48  # texts of documentation
     n_questions: int = 50  # of every benchmark
     n_tokens: int = 32  # of an answer
     eval_batch_size: int = 16
-    learning_rate: float = 5e-5  # from here on: only for the unlearned models
+    n_neighbors: int = 1  # per forget text; from here on: only of the unlearned models
+    learning_rate: float = 5e-5
     ascent_learning_rate: float = 5e-5
     max_epochs: int = 40
 
@@ -63,21 +63,20 @@ class _Settings:
         "The settings of a row, as JSON."
         facts = dataclasses.asdict(self)
         if model in _ORIGINALS:
-            for name in ("learning_rate", "ascent_learning_rate", "max_epochs"):
+            for name in ("n_neighbors", "learning_rate", "ascent_learning_rate", "max_epochs"):
                 del facts[name]
         return json.dumps(facts)
 
     def config(self, seed: int, **changes: Any) -> ICUConfig:
-        "The settings of the loop."
+        "The settings of the loop that all runs share, and those of one."
         return ICUConfig(
             max_length=self.max_length,
-            n_neighbors=self.n_neighbors,
             max_epochs=self.max_epochs,
             eval_batch_size=self.eval_batch_size,
             num_beams=1,
             seed=seed,
             checkpoint_every=4,
-            **{"learning_rate": self.learning_rate, **changes},
+            **changes,
         )
 
 
@@ -156,7 +155,7 @@ class _Seed:
 
     @cached_property
     def start(self) -> dict[str, Any]:  # ma, el, pairs
-        "Thresholds and neighbors."
+        "Thresholds, and the nearest neighbor of each forget text."
         return _Stages(self.folder("memorized")).once("thresholds and neighbors", self._measure_start)
 
     def _measure_start(self) -> dict[str, Any]:
@@ -195,7 +194,6 @@ def _unlearn_into(
             of.corpus.retain,
             config,
             thresholds=thresholds,
-            neighbors=of.start["pairs"],
             checkpoint_dir=checkpoints,
             resume_from_checkpoint=True,
             **how,
@@ -223,7 +221,9 @@ def _run_icu(of: _Seed) -> tuple[Path, dict[str, Any]]:  # the model's folder; e
     "ICU until MA and EL are at or under those of held-out people."
     folder = of.folder("ICU") / "model"
     goal = Thresholds(ma=of.start["ma"], el=of.start["el"])
-    config = of.settings.config(of.seed)
+    settings = of.settings
+    how = {"learning_rate": settings.learning_rate, "n_neighbors": settings.n_neighbors}
+    config = settings.config(of.seed, **how)
     history = _unlearn_into(folder, of.memorized, of, config, goal)
     return folder, _facts(history)
 
@@ -237,7 +237,8 @@ def _run_ascent(of: _Seed, goal: float) -> tuple[Path, dict[str, Any]]:  # see `
         folder = of.folder("gradient ascent") / name
         config = of.settings.config(of.seed, learning_rate=learning_rate, check_steps=1)
         thresholds = Thresholds(ma=min(goal + margin, 1.0), el=1.0)
-        how = {"objective": GradientAscent(), "refinement": None}
+        # its loss has no neighbors; with ready ones they are not looked for
+        how = {"objective": GradientAscent(), "refinement": None, "neighbors": of.start["pairs"]}
         histories.append(_unlearn_into(folder, origin, of, config, thresholds, **how))
         origin = partial(load_model, folder)
     return folder, _facts(*histories)
