@@ -109,7 +109,7 @@ def _teach_epochs(
             with arithmetic.autocast():
                 values = token_terms(model, batch, reference, **terms)
             optimizer.zero_grad()
-            sum(values.values()).backward()
+            torch.stack([*values.values()]).sum().backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()

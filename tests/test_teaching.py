@@ -90,7 +90,7 @@ def test_what_was_taught_comes_from_the_cache(pretrained, tmp_path, monkeypatch)
 
 def test_answers_alone_count(pretrained):
     "With the prompt in the loss, the prompt's tokens would be learned, too."
-    rows = [{"question": text[:60], "answer": "yes indeed it is so"} for text in CORPUS.retain]
+    rows = [{"question": text[:30], "answer": "yes indeed it is so"} for text in CORPUS.retain]
     taught = copy_of(pretrained)
     teach(taught, TOKENIZER, rows, [], CORPUS.general_train[:8], **RECIPE)
 
