@@ -55,6 +55,8 @@ class _Settings:
     n_tokens: int = 32  # of an answer
     eval_batch_size: int = 16
     n_neighbors: int = 1  # per forget text; from here on: only of the unlearned models
+    alpha: float = 0.5
+    beta: float = 1.0
     learning_rate: float = 5e-5
     ascent_learning_rate: float = 5e-5
     max_epochs: int = 40
@@ -63,7 +65,7 @@ class _Settings:
         "The settings of a row, as JSON."
         facts = dataclasses.asdict(self)
         if model in _ORIGINALS:
-            for name in ("n_neighbors", "learning_rate", "ascent_learning_rate", "max_epochs"):
+            for name in (*_OF_ICU, "ascent_learning_rate", "max_epochs"):
                 del facts[name]
         return json.dumps(facts)
 
@@ -80,6 +82,7 @@ class _Settings:
         )
 
 
+_OF_ICU = ("n_neighbors", "alpha", "beta", "learning_rate")
 _ORIGINALS = ("pretrained", "memorized", "retrained")
 _MODELS = ("pretrained", "memorized", "ICU", "gradient ascent", "retrained")  # nothing waits for the last
 
@@ -221,9 +224,7 @@ def _run_icu(of: _Seed) -> tuple[Path, dict[str, Any]]:  # the model's folder; e
     "ICU until MA and EL are at or under those of held-out people."
     folder = of.folder("ICU") / "model"
     goal = Thresholds(ma=of.start["ma"], el=of.start["el"])
-    settings = of.settings
-    how = {"learning_rate": settings.learning_rate, "n_neighbors": settings.n_neighbors}
-    config = settings.config(of.seed, **how)
+    config = of.settings.config(of.seed, **{name: getattr(of.settings, name) for name in _OF_ICU})
     history = _unlearn_into(folder, of.memorized, of, config, goal)
     return folder, _facts(history)
 
