@@ -10,12 +10,12 @@ import matplotlib.pyplot as plt
 import pytest
 from test_project import NBS, ROOT, cells, tags, text
 
-from icu_nb import teaching
 from icu_nb.data.people import people_corpus
 from icu_nb.errors import InputError
 from icu_nb.models import loading
-from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
+from icu_nb.models.tiny import memorize, tiny_gpt_neo, tiny_model, train_tokenizer
 from icu_nb.paper.chapter_figures import plot_quickstart
+from icu_nb.paper.quickstart import Stages, quickstart_settings
 
 NOTEBOOK = NBS / "00_quickstart.ipynb"
 STATES = {"before", "after", "gradient_ascent", "pretrained"}
@@ -28,27 +28,6 @@ def style():
     with plt.rc_context():
         yield
     plt.close("all")
-
-
-def run_cells(until, **parameters):
-    """What the cells in front of "Texts" define, up to the cell that makes `until`."""
-    space = {}
-    for cell in cells(NOTEBOOK, "code")[1:]:  # the first prepares Colab
-        exec(text(cell["source"]), space)
-        if "parameters" in tags(cell):
-            assert set(parameters) <= set(space)
-            space |= parameters
-        if until in space:
-            return space
-    raise AssertionError(until)
-
-
-def run_cell_of(function, space):
-    (source,) = [
-        text(c["source"]) for c in cells(NOTEBOOK, "code") if f"def {function}(" in text(c["source"])
-    ]
-    exec(source, space)
-    return space[function]
 
 
 # ---- parameters and settings ----
@@ -70,9 +49,9 @@ def test_make_passes_parameters_that_the_notebook_has():
 
 
 def test_the_default_is_the_tiny_model():
-    space = run_cells("config")
-    assert space["chosen"] is space["settings"]["tiny"]
-    config = space["config"]
+    chosen = quickstart_settings("tiny")
+    config = chosen.config
+    assert chosen.teach is tiny_model and chosen.compared_with == "retrained"
     assert (config.learning_rate, config.n_neighbors, config.max_length, config.max_epochs) == (
         1e-4,
         4,
@@ -84,45 +63,45 @@ def test_the_default_is_the_tiny_model():
 
 @pytest.mark.parametrize("lora", [0, 1])
 def test_a_pretrained_model_is_measured_cheaply(lora):
-    space = run_cells("config", model="smollm2", lora=lora, max_epochs=3)
-    chosen, config = space["chosen"], space["config"]
+    chosen = quickstart_settings("smollm2", lora, seed=5, max_epochs=3)
+    config = chosen.config
     assert chosen.about.startswith("SmolLM2-135M-Instruct, dequantized from 4 bits")
     assert (chosen.n_forget, chosen.n_retain, chosen.compared_with) == (16, 64, "pretrained")
     assert (chosen.lora is not None) == bool(lora) == ("LoRA" in chosen.about)
     assert (config.check, config.check_steps, config.num_beams) == ("staged", None, 1)
-    assert config.max_epochs == 3 and chosen.n_general <= 32 and config.eval_batch_size <= 16
+    assert (config.max_epochs, config.seed) == (3, 5)
+    assert chosen.n_general <= 32 and config.eval_batch_size <= 16
     assert sum(chosen.minutes) <= 35 and sum(chosen.minutes[1:]) <= 15
 
 
 def test_another_model_is_taken_as_it_is():
-    space = run_cells("config", model="EleutherAI/gpt-neo-125m", max_length=64)
-    assert space["chosen"].teach is None and space["chosen"].compared_with is None
-    assert space["config"].learning_rate == 5e-6 and space["config"].max_length == 64
+    chosen = quickstart_settings("EleutherAI/gpt-neo-125m", max_length=64)
+    assert chosen.teach is None and chosen.compared_with is None
+    assert chosen.config.learning_rate == 5e-6 and chosen.config.max_length == 64
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "smollm2", "lora": 2}, "`lora`: 2 is neither 0 nor 1"),
-        ({"model": "smollm2", "lora": "yes"}, "`lora`: 'yes' is neither 0 nor 1"),
-        ({"lora": 1}, "`lora`: there are settings of an adapter for smollm2 only"),
+        (("smollm2", 2), "`lora`: 2 is neither 0 nor 1"),
+        (("smollm2", "yes"), "`lora`: 'yes' is neither 0 nor 1"),
+        (("tiny", 1), "`lora`: there are settings of an adapter for smollm2 only"),
     ],
 )
 def test_a_wrong_adapter_is_refused_in_one_line(given, message):
     with pytest.raises(InputError, match=message) as caught:
-        run_cells("config", **given)
+        quickstart_settings(*given)
     assert "\n" not in str(caught.value)
 
 
 # ---- progress ----
 
 
-def test_the_time_left_follows_the_pace(capsys):
+def test_the_time_left_follows_the_pace(capsys, monkeypatch):
     """Planned: 2, 1, 1, 3, 1 and 2 minutes; the first stage turns out to take three times as long."""
-    space = run_cells("progress")
     now = [0.0]
-    space["clock"] = lambda: now[0]
-    progress = space["Progress"]((2, 1, 1, 3, 1, 2))
+    monkeypatch.setattr("icu_nb.paper.quickstart.time.perf_counter", lambda: now[0])
+    progress = Stages((2, 1, 1, 3, 1, 2))
 
     def last_line():
         return capsys.readouterr().err.strip().splitlines()[-1]
@@ -140,32 +119,18 @@ def test_the_time_left_follows_the_pace(capsys):
     assert progress.seconds == {"memorize": 90.0, "retrain": 0.5, "thresholds": 0.0}
 
 
-def test_a_stage_from_the_cache_does_not_count():
-    space = run_cells("progress")
-    said = []
-    progress = space["Progress"]((60, 1, 1, 1, 1, 1))
-    progress.tell = lambda share, what: (said.append(what), type(progress).tell(progress, share, what))
-    with progress.stage("memorize"):
-        pass
-    assert said == ["begins"] and progress.done == {"memorize": 0}
-
-
-def test_unlearning_is_followed_by_ma_and_by_epochs():
+def test_unlearning_is_followed_by_ma_and_by_epochs(monkeypatch):
     told = []
-
-    class Recorder:
-        def tell(self, share, what):
-            told.append((round(share, 6), what))
-
-    follow = run_cell_of("follow", {"progress": Recorder()})
-    tell = follow(0.5, 10)
+    progress = Stages((1, 1, 1, 1, 1, 1))
+    monkeypatch.setattr(progress, "tell", lambda share, what: told.append((round(share, 6), what)))
+    tell = progress.follow(0.5, 10)
     for ma in (0.9, 0.9, 0.92, 0.6, 0.45):
         tell(None, {"ma": ma})
     # epochs alone: 0, 0.1, 0.2; then MA has come 0.3 of 0.4, and farther than the goal
     assert [share for share, _ in told] == [0.0, 0.1, 0.2, 0.75, 1.0]
     assert told[3][1] == "epoch 3, MA 0.60, goal 0.50"
     told.clear()
-    follow(0.5, 10)(None, {"ma": 0.4})  # nothing is to be forgotten
+    progress.follow(0.5, 10)(None, {"ma": 0.4})  # nothing is to be forgotten
     assert told[0][0] == 1.0
 
 
@@ -215,7 +180,7 @@ def run_with_small_model(folder, monkeypatch, **parameters):
         calls.append(name)
         return small_model(tokenizer), tokenizer
 
-    monkeypatch.setattr(teaching, "real_model", teach)
+    monkeypatch.setattr("icu_nb.paper.quickstart.real_model", teach)
     monkeypatch.setattr(loading, "load_model", load)
     space = {}
     for cell in cells(NOTEBOOK, "code")[1:]:
