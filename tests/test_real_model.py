@@ -208,3 +208,26 @@ def test_the_figure_has_a_dot_for_each_model_and_seed(made):
     assert benchmarks == pytest.approx((100 * in_order.classification_change.iloc[2:]).tolist())
     assert fig.get_figwidth() <= 8
     plt.close(fig)
+
+
+def test_trials_say_how_far_perplexities_rise(tmp_path, capsys):
+    trials = [
+        ("ICU", {"n_neighbors": 2, "learning_rate": 2e-3}),
+        ("gradient ascent", {"ascent_learning_rate": 1e-3}),
+    ]
+    how = {"trials": trials, "settings": SETTINGS, "make_original": make_original}
+    path = tmp_path / "trials.csv"
+    real_model._run_trials([3], path, tmp_path / "work", **how)
+    rows = pd.read_csv(path).set_index("model")
+    assert rows.loc["ICU", "n_neighbors"] == 2 and math.isnan(rows.loc["ICU", "ascent_learning_rate"])
+    assert rows.loc["gradient ascent", "ascent_learning_rate"] == 1e-3
+    corpus = people_corpus(4, 8, 3)
+    model, tokenizer, _ = make_original("memorized", corpus, 3, MAX_LENGTH)
+    before = perplexity(model, tokenizer, corpus.heldout, max_length=MAX_LENGTH)
+    for _, row in rows.iterrows():
+        assert row.ppl_heldout == pytest.approx(before * math.exp(row.log_rise_heldout), rel=1e-5)
+        assert row.ma < 1 and row.seed == 3
+    capsys.readouterr()
+    real_model._run_trials([3], path, tmp_path / "work", **how)  # they are there
+    assert capsys.readouterr().out == ""
+    assert len(pd.read_csv(path)) == 2

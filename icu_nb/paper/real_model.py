@@ -422,20 +422,69 @@ def run_real_model(
             row = _make_row(name, of, path, tasks or list(BENCHMARKS), data_dir)
             put_row(row, path, ("model", "seed"))
 
+# %% ../../nbs/library/paper/real_model.ipynb #4e78c32c
+_TRIALS: list[tuple[str, dict[str, Any]]] = [
+    ("ICU", {"n_neighbors": 4, "learning_rate": 3e-5}),
+    ("ICU", {"n_neighbors": 4, "learning_rate": 5e-5}),
+    ("ICU", {"n_neighbors": 4, "learning_rate": 1e-4}),
+    ("gradient ascent", {"ascent_learning_rate": 3e-5}),
+    ("gradient ascent", {"ascent_learning_rate": 5e-5}),
+    ("gradient ascent", {"ascent_learning_rate": 1e-4}),
+    ("gradient ascent", {"ascent_learning_rate": 2e-4}),
+]
+
+
+def _measure_trial(name: str, of: _Seed) -> dict[str, Any]:
+    "Unlearn until the thresholds; what is forgotten then, and how far other perplexities have risen."
+    folder, facts = _run_icu(of) if name == "ICU" else _run_ascent(of, of.start["ma"])
+    found = []
+    for model, tokenizer in (of.memorized(), load_model(folder)):
+        with Arithmetic.of(model).autocast():
+            found.append(_memory(model, tokenizer, of) | _perplexities(model, tokenizer, of))
+    before, after = found
+    rises = {}
+    for key in ("ppl_heldout", "ppl_retain", "ppl_general"):
+        rises[f"log_rise_{key.removeprefix('ppl_')}"] = math.log(after[key] / before[key])
+    return {**after, **rises, **facts, "threshold_ma": of.start["ma"], "threshold_el": of.start["el"]}
+
+
+def _run_trials(
+    seeds: Iterable[int],  # that no table uses
+    path: Path,  # the rows
+    work: Path,  # unlearned models
+    trials: list[tuple[str, dict[str, Any]]] = _TRIALS,  # the model, and what is not as in `_Settings`
+    settings: _Settings = _Settings(),
+    make_original: Callable = _make_original,  # see `run_real_model`
+) -> None:
+    "Make the rows of the trials that are not there yet."
+    for seed in seeds:
+        for name, changes in trials:
+            of = _Seed(seed, dataclasses.replace(settings, **changes), work, make_original)
+            if _find(path, of, name) is None:
+                print(f"seed {seed}, {name}, {changes}", flush=True)
+                row = {"seed": seed, "model": name, **changes, "settings": of.settings.of(name)}
+                put_row({**row, **_measure_trial(name, of)}, path, ("seed", "model", "settings"))
+
 # %% ../../nbs/library/paper/real_model.ipynb #86590c22
 def _main() -> int:
     "`python -m icu_nb.paper.real_model`: see --help."
     parser = argparse.ArgumentParser(
         prog="python -m icu_nb.paper.real_model", description="Makes the rows of the real model."
     )
-    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1], help="which ones (default: 0 1)")
-    rows = "where the rows go (default: figures/data/real_model.csv)"
-    parser.add_argument("--rows", metavar="FILE", default="figures/data/real_model.csv", help=rows)
+    parser.add_argument("seeds", nargs="*", type=int, help="which ones (default: 0 1; of trials: 100)")
+    parser.add_argument("--trials", action="store_true", help="the rows by which settings are chosen")
+    rows = "where the rows go (default: figures/data/real_model.csv or real_model_trials.csv)"
+    parser.add_argument("--rows", metavar="FILE", type=Path, help=rows)
     work = "where models and unfinished rows are kept (default: runs/real_model)"
-    parser.add_argument("--work", metavar="DIR", default="runs/real_model", help=work)
+    parser.add_argument("--work", metavar="DIR", type=Path, default=Path("runs/real_model"), help=work)
     parser.add_argument("--data-dir", metavar="DIR", default=None, help="local copies of the benchmarks")
     args = parser.parse_args()
-    run_real_model(args.seeds, args.rows, args.work, data_dir=args.data_dir)
+    stored = Path("figures/data")
+    if args.trials:
+        _run_trials(args.seeds or [100], args.rows or stored / "real_model_trials.csv", args.work)
+    else:
+        path = args.rows or stored / "real_model.csv"
+        run_real_model(args.seeds or [0, 1], path, args.work, data_dir=args.data_dir)
     return 0
 
 
