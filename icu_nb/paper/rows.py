@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from ..errors import InputError, first_line, require
-from ..plumbing import atomic_path, provenance
 
 # %% ../../nbs/library/paper/rows.ipynb #d1502d19
 SCHEMA = 1  # of the rows; goes up when a column changes its meaning
@@ -162,6 +161,8 @@ def put_row(
     identity: tuple[str, ...],  # the columns that tell one row from another
 ) -> None:
     "Write a row, with where it was made, in place of its older one."
+    from icu_nb.plumbing import atomic_path, provenance  # torch is slow to import, and figures need none
+
     facts = provenance()
     versions = " ".join(f"{name}=={version}" for name, version in facts.pop("versions").items())
     table = pd.DataFrame([{**row, **facts, "versions": versions}])
