@@ -58,6 +58,7 @@ class _Settings:
     alpha: float = 0.5
     beta: float = 1.0
     learning_rate: float = 5e-5
+    check_steps: int | None = 1  # steps between two looks at the thresholds; None: once an epoch
     ascent_learning_rate: float = 5e-5
     max_epochs: int = 40
 
@@ -82,7 +83,7 @@ class _Settings:
         )
 
 
-_OF_ICU = ("n_neighbors", "alpha", "beta", "learning_rate")
+_OF_ICU = ("n_neighbors", "alpha", "beta", "learning_rate", "check_steps")
 _ORIGINALS = ("pretrained", "memorized", "retrained")
 _MODELS = ("pretrained", "memorized", "ICU", "gradient ascent", "retrained")  # nothing waits for the last
 
