@@ -14,6 +14,7 @@ from icu_nb.data.people import people_corpus
 from icu_nb.errors import InputError
 from icu_nb.models import loading
 from icu_nb.models.tiny import memorize, tiny_gpt_neo, tiny_model, train_tokenizer
+from icu_nb.paper import real_model
 from icu_nb.paper.chapter_figures import plot_quickstart
 from icu_nb.paper.quickstart import Stages, quickstart_settings
 
@@ -68,10 +69,18 @@ def test_a_pretrained_model_is_measured_cheaply(lora):
     assert chosen.about.startswith("SmolLM2-135M-Instruct, dequantized from 4 bits")
     assert (chosen.n_forget, chosen.n_retain, chosen.compared_with) == (16, 64, "pretrained")
     assert (chosen.lora is not None) == bool(lora) == ("LoRA" in chosen.about)
-    assert (config.check, config.check_steps, config.num_beams) == ("staged", None, 1)
+    assert (config.check, config.check_steps, config.num_beams) == ("staged", 1, 1)
     assert (config.max_epochs, config.seed) == (3, 5)
     assert chosen.n_general <= 32 and config.eval_batch_size <= 16
     assert sum(chosen.minutes) <= 35 and sum(chosen.minutes[1:]) <= 15
+
+
+def test_the_quickstart_and_chapter_10_use_the_same_settings():
+    rows, chosen = real_model._Settings(), quickstart_settings("smollm2")
+    for name in ("n_neighbors", "alpha", "beta", "learning_rate", "check_steps", "max_length"):
+        assert getattr(chosen.config, name) == getattr(rows, name), name
+    assert chosen.ascent_learning_rate == rows.ascent_learning_rate
+    assert (chosen.n_forget, chosen.n_retain) == (rows.n_forget, rows.n_retain)
 
 
 def test_another_model_is_taken_as_it_is():

@@ -54,12 +54,12 @@ class _Settings:
     n_questions: int = 50  # of every benchmark
     n_tokens: int = 32  # of an answer
     eval_batch_size: int = 16
-    n_neighbors: int = 1  # per forget text; from here on: only of the unlearned models
+    n_neighbors: int = 4  # per forget text; from here on: only of the unlearned models
     alpha: float = 0.5
-    beta: float = 1.0
-    learning_rate: float = 5e-5
+    beta: float = 4.0
+    learning_rate: float = 8e-4
     check_steps: int | None = 1  # steps between two looks at the thresholds; None: once an epoch
-    ascent_learning_rate: float = 5e-5
+    ascent_learning_rate: float = 1.2e-3
     max_epochs: int = 40
 
     def of(self, model: str) -> str:
@@ -212,12 +212,13 @@ def _unlearn_into(
 
 def _facts(*histories: pd.DataFrame) -> dict[str, Any]:
     "Epochs, seconds and the end of one run, or of several that follow each other."
+    trained = [history for history in histories if history.epoch.max() > 0] or histories
     return {
         "epochs": sum(int(history.epoch.max()) for history in histories),
         "seconds": sum(
             float(history[["seconds_train", "seconds_check"]].sum().sum()) for history in histories
         ),
-        "stop_reason": histories[-1].stop_reason.iloc[-1],
+        "stop_reason": trained[-1].stop_reason.iloc[-1],
     }
 
 
@@ -424,14 +425,21 @@ def run_real_model(
             put_row(row, path, ("model", "seed"))
 
 # %% ../../nbs/library/paper/real_model.ipynb #4e78c32c
+_ICU_TRIALS = [  # neighbors, beta, learning rate
+    (4, 1.0, 3e-5),
+    (4, 1.0, 5e-5),
+    (4, 1.0, 1e-4),
+    (4, 1.0, 2e-4),
+    (4, 1.0, 4e-4),
+    (1, 1.0, 2e-4),
+    (4, 4.0, 2e-4),
+    (4, 4.0, 4e-4),
+    (4, 4.0, 8e-4),
+]
+_ASCENT_TRIALS = [3e-5, 5e-5, 1e-4, 2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3]  # learning rates
 _TRIALS: list[tuple[str, dict[str, Any]]] = [
-    ("ICU", {"n_neighbors": 4, "learning_rate": 3e-5}),
-    ("ICU", {"n_neighbors": 4, "learning_rate": 5e-5}),
-    ("ICU", {"n_neighbors": 4, "learning_rate": 1e-4}),
-    ("gradient ascent", {"ascent_learning_rate": 3e-5}),
-    ("gradient ascent", {"ascent_learning_rate": 5e-5}),
-    ("gradient ascent", {"ascent_learning_rate": 1e-4}),
-    ("gradient ascent", {"ascent_learning_rate": 2e-4}),
+    *[("ICU", dict(zip(("n_neighbors", "beta", "learning_rate"), one, strict=True))) for one in _ICU_TRIALS],
+    *[("gradient ascent", {"ascent_learning_rate": rate}) for rate in _ASCENT_TRIALS],
 ]
 
 
