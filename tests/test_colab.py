@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_install import LOCK, build_wheel, run
-from test_project import CHAPTERS, NBS, cells, settings, text
+from test_project import CHAPTERS, NBS, ROOT, cells, settings, text
 
 from icu_nb.plumbing import cache_dir
 
@@ -132,8 +132,12 @@ def case(path):
 def test_runs_from_its_file_alone(path, colab, folder, tmp_path):
     colab("-m", "pip", "uninstall", "-y", "icu_nb")  # the notebook before has installed it
     before = colab("-c", VERSIONS)
-    shutil.copy(path, tmp_path)
-    colab("-m", "jupyter", "execute", "--timeout=900", path.name, cwd=tmp_path)
+    place = tmp_path / path.parent.relative_to(ROOT)
+    place.mkdir(parents=True)
+    shutil.copy(path, place)
+    if "../../figures/data" in path.read_text(encoding="utf-8"):  # Colab has them from GitHub
+        shutil.copytree(ROOT / "figures/data", tmp_path / "figures/data")
+    colab("-m", "jupyter", "execute", "--timeout=900", path.name, cwd=place)
     assert colab("-c", VERSIONS) == before
     module = Path(colab("-c", "import icu_nb; print(icu_nb.__file__)", cwd=tmp_path).strip())
     assert (folder / "env").resolve() in module.resolve().parents
