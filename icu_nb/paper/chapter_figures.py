@@ -221,8 +221,10 @@ def plot_real_model(
     "What is memorized, what other text has become, and what nine benchmarks say, a dot per seed."
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.9), sharey=True)
     shifts = _shifted(rows.seed)
-    for y, (model, style) in enumerate(_REAL_MODELS.items()):
-        look: dict[str, Any] = {"color": COLORS[style], "markersize": 5, "zorder": 3}
+    there = [model for model in _REAL_MODELS if (rows.model == model).any()]
+    for y, model in enumerate(there):
+        color = COLORS[_REAL_MODELS[model]]
+        look: dict[str, Any] = {"color": color, "markersize": 5, "zorder": 3}
         for row in rows[rows.model == model].itertuples():
             place = y + shifts[row.seed]
             axes[0].plot(row.ma, place, "o", **look)
@@ -233,11 +235,11 @@ def plot_real_model(
             axes[1].plot(row.ppl_general, place, "^", **look)
             if model != "pretrained":
                 change, error = 100 * row.classification_change, 196 * row.classification_change_se
-                axes[2].plot([change - error, change + error], [place, place], color=COLORS[style], lw=1.4)
+                axes[2].plot([change - error, change + error], [place, place], color=color, lw=1.4)
                 axes[2].plot(change, place, "o", **look)
     axes[0].set(title="What is memorized", xlabel="MA of the forget set", xlim=(0, 1.05))
-    axes[0].set_yticks(range(len(_REAL_MODELS)), list(_REAL_MODELS))
-    axes[0].set_ylim(len(_REAL_MODELS) - 0.5, -0.5)
+    axes[0].set_yticks(range(len(there)), there)
+    axes[0].set_ylim(len(there) - 0.5, -0.5)
     axes[1].set(title="Other text", xlabel="perplexity (log scale)", xscale="log")
     axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1].xaxis.set_major_formatter("{x:g}")

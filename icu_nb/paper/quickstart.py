@@ -68,8 +68,8 @@ def _all_settings() -> dict[str, _Settings]:
         n_retain=64,
         n_general=32,
         ascent_learning_rate=1.2e-3,
-        epochs=(2, 2),
-        minutes=(9, 0.2, 0.3, 1.5, 0.8, 1),
+        epochs=(4, 2),
+        minutes=(10, 0.2, 0.3, 4, 1.5, 2.5),
     )
     with_lora = dataclasses.replace(
         smollm2,
