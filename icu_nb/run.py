@@ -427,9 +427,7 @@ def _pieces(run: Run, rows: torch.Tensor) -> list[torch.Tensor]:
     return [rows[run.rank :: run.world][k * size : (k + 1) * size] for k in range(number)]
 
 
-def _add_gradients(
-    run: Run, objective: Objective, rows: torch.Tensor, number: int
-) -> list[dict[str, float]]:
+def _add_gradients(run: Run, objective: Objective, rows: torch.Tensor, number: int) -> list[dict[str, float]]:
     "The gradient of a step, the sum over its pieces; what was logged of each."
     while True:
         run.optimizer.zero_grad()  # of an attempt that did not fit, too
