@@ -601,8 +601,7 @@ def test_no_loss_counts_a_prompt(chat, name):
         for row, prompt in zip(part.rows, part.prompt_lengths, strict=True)
     }
     if name == "idk_ap":  # refusals stand behind the prompts of neighbors, too
-        batch = task.batch(rows, "cpu")
-        refused = _refused(batch.neighbor, batch.alternative).sequences
+        refused = _refused(task.batch(rows, "cpu")).sequences
         pairs = zip(refused.rows, refused.prompt_lengths, strict=True)
         known |= {tuple(row.tolist()): int(prompt) for row, prompt in pairs}
     found = 0

@@ -227,8 +227,9 @@ class DPO(_NumericObjective):
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #3c2f1c93
-def _answers(part: Part) -> list[torch.Tensor]:
-    "The tokens of each row that stand behind its prompt."
+def _answers(part: Part | None) -> list[torch.Tensor]:
+    "The tokens of each row that stand behind its prompt; `validate` has seen that there are some."
+    assert part is not None
     lengths = part.sequences.prompt_lengths.tolist()
     return [row[length:] for row, length in zip(part.sequences.rows, lengths, strict=True)]
 
@@ -242,15 +243,15 @@ def _require_refusals(name: str, task: Task) -> None:
     )
 
 # %% ../../nbs/library/methods/objectives.ipynb #f1fc85da
-def _refused(neighbor: Part, alternative: Part) -> Part:
+def _refused(batch: Batch) -> Part:
     "The prompts of the neighbors, and behind each of them the refusal of its forget text."
-    halved = neighbor.sequences.halved()
-    k = len(neighbor.rows) // len(alternative.rows)  # row i's neighbors stand side by side
-    answers = [answer for answer in _answers(alternative) for _ in range(k)]
+    halved = batch.neighbor.sequences.halved()
+    k = len(batch.neighbor.rows) // len(batch.forget.rows)  # row i's neighbors stand side by side
+    answers = [answer for answer in _answers(batch.alternative) for _ in range(k)]
     prompts = [row[:n] for row, n in zip(halved.rows, halved.prompt_lengths.tolist(), strict=True)]
     rows = [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
     sequences = Sequences(rows, map(len, prompts), halved.pad_token_id, halved.device)
-    return Part(neighbor.rows, sequences)
+    return Part(batch.neighbor.rows, sequences)
 
 # %% ../../nbs/library/methods/objectives.ipynb #00592446
 @dataclass(frozen=True)
@@ -266,8 +267,7 @@ class IDK(_NumericObjective):
         _require_refusals("IDK", task)
         if self.ap:
             rows = torch.arange(len(task.forget))
-            batch = task.batch(rows, "cpu")
-            longest = int(_refused(batch.neighbor, batch.alternative).sequences.lengths.max())
+            longest = int(_refused(task.batch(rows, "cpu")).sequences.lengths.max())
             require(
                 longest <= context_length(model),
                 "alternatives",
@@ -276,12 +276,14 @@ class IDK(_NumericObjective):
             )
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
-        refused = _refused(batch.neighbor, batch.alternative) if self.ap else batch.alternative
-        names = ("alternative", "neighbor", "forget") if self.ap else ("alternative", "neighbor")
-        parts = Batch(refused, batch.neighbor, batch.alternative)
-        idk, r, *others = token_log_probs(model, parts, *names)
+        names, alternative = ["alternative", "neighbor"], batch.alternative
+        assert alternative is not None
+        if self.ap:
+            names.append("forget")
+            batch = dataclasses.replace(batch, forget=_refused(batch))
+        idk, r, *others = token_log_probs(model, batch, *names)
         terms = {
-            "l_idk": -token_mean(idk, batch.alternative),
+            "l_idk": -token_mean(idk, alternative),
             "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
         }
         for idk_of_r in others:
@@ -330,7 +332,6 @@ class JensUn(_NumericObjective):
         return (p.exp() * (p - middle) + p0.exp() * (p0 - middle)).sum(-1) / 2
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
-        assert batch.alternative is not None
         states, head = states_or_logits(model, batch.together("forget", "neighbor"))
         f, r = states.split([len(batch.forget.rows), len(batch.neighbor.rows)])
         target = _relabeled(batch.forget, _answers(batch.alternative))
@@ -402,8 +403,8 @@ def _without_first(part: Part, skip: int) -> Part:
     sizes = []
     for old in (part.sequences, part.step or part.sequences):
         new = Sequences(old.rows, (old.prompt_lengths + skip).tolist(), old.pad_token_id, old.device)
-        tokens = (new.lengths - new.prompt_lengths.clamp(min=1)).clamp(min=0).sum()
-        sizes.append((new, int(tokens), len(new)))
+        tokens = int((new.lengths - new.prompt_lengths.clamp(min=1)).clamp(min=0).sum())
+        sizes.append((new, tokens, len(new)))
     (sequences, tokens, texts), (_, tokens_of_step, texts_of_step) = sizes
     weight = tokens / max(tokens_of_step, 1) * texts_of_step / texts
     return dataclasses.replace(part, sequences=sequences, weight=weight)
