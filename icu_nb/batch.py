@@ -21,6 +21,7 @@ class Part:
     rows: torch.Tensor  # LongTensor [B]
     sequences: Sequences  # B sequences on the model's device
     weight: float = 1.0  # of a mean over its tokens, where the batch is a piece of a step; see below
+    step: Sequences | None = None  # those of the whole step; None: these
 
     @property
     def input_ids(self) -> torch.Tensor:  # LongTensor [B, T]; T: the longest of this part

@@ -130,7 +130,7 @@ def _shown(value: Any) -> str:
 
 
 def names_of(
-    **plugs: Any,  # objective, refinement and the name of an encoder
+    **plugs: Any,  # objective, refinement, step rule and the name of an encoder
 ) -> dict[str, str]:
     "The names of a run's exchangeable parts."
     return {name: _name_of(plug) for name, plug in plugs.items()}
@@ -174,7 +174,7 @@ def run_identity(
     task: Task,  # its sequences
     config: ICUConfig,  # its settings
     thresholds: Thresholds,  # its thresholds
-    plugs: dict[str, Any],  # its other parts: objective, refinement and the name of an encoder
+    plugs: dict[str, Any],  # its other parts: objective, refinement, step rule and the name of an encoder
 ) -> dict:  # what JSON can hold
     "What a run is told by: what its outcome depends on, as far as we can see it."
     settings = dataclasses.asdict(config)
@@ -237,7 +237,8 @@ def _require_same_run(stored: dict, identity: dict, name: str) -> None:
             f"{name} was written by another version of icu_nb, which tells runs apart in another way."
             " Resume it with that version, or choose another checkpoint_dir."
         )
-    for part, now in identity.items():
+    plugs = {"step_rule": None}  # named only where there is one
+    for part, now in (plugs | identity).items():
         was = stored.get(part)
         if not _agree(part, was, now):
             remedy = _REMEDY.get(part, "Resume with the old one")
@@ -422,6 +423,7 @@ class Progress:
             "reason": self.reason,
             "thresholds": dataclasses.asdict(run.thresholds),
             "log": self.log.state(),
+            "rule": {name: tensor.cpu() for name, tensor in run.rule_state.items()},
         }
         error = None
         if run.accelerator.is_main_process:
@@ -449,6 +451,7 @@ class Progress:
             return
         _restore_training(run.model, run.optimizer.optimizer, state)
         run.generator.set_state(state["order"])
+        run.rule_state = state.get("rule", {})
         if run.accelerator.scaler and state["scale"]:  # the run may have begun on another kind of GPU
             run.accelerator.scaler.load_state_dict(state["scale"])
         self.active = state["active"].numpy()

@@ -123,7 +123,7 @@ class Task:
         def part(sequences: Sequences, rows: torch.Tensor, step: torch.Tensor) -> Part:
             tokens, tokens_of_step = _predicted(sequences, rows), _predicted(sequences, step)
             weight = tokens / max(tokens_of_step, 1) * len(step) / len(rows)
-            return Part(rows, sequences[rows].to(device), weight)
+            return Part(rows, sequences[rows].to(device), weight, sequences[step])
 
         return Batch(
             part(self.forget, rows, step),
@@ -250,11 +250,11 @@ def _check_alternatives(forget: Sequences, alternatives: Sequences) -> None:
         f"there are {len(alternatives)} for {len(forget)} forget texts",
         "Give one per forget text, in the same order",
     )
-    differ = ((alternatives.prompt_lengths > 0) != (forget.prompt_lengths > 0)).nonzero()[:, 0].tolist()
+    differ = ((alternatives.prompt_lengths == 0) & (forget.prompt_lengths > 0)).nonzero()[:, 0].tolist()
     require(
         not differ,
         "alternatives",
-        f"at index {differ[:5]} one of the two has a prompt and the other has none",
+        f"at index {differ[:5]} the forget text has a prompt and the alternative has none",
         "Give other answers to the same prompts, in the same columns",
     )
 

@@ -123,6 +123,11 @@ class Sequences:
         "The real tokens of every row."
         return [row.tolist() for row in self.rows]
 
+    def halved(self) -> "Sequences":
+        "The same, the first half of every row without a prompt as its prompt."
+        prompts = self.prompt_lengths.where(self.prompt_lengths > 0, self.lengths // 2)
+        return Sequences(self.rows, prompts.tolist(), self.pad_token_id, self.device)
+
     def batches(self, batch_size: int) -> Iterator["Sequences"]:
         "The rows in order, `batch_size` at a time, each batch as wide as its own longest row."
         return (self[i : i + batch_size] for i in range(0, len(self), batch_size))

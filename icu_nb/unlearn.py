@@ -33,6 +33,7 @@ from .result import UnlearnResult
 from icu_nb.run import (
     Reports,
     Run,
+    StepRule,
     check_all,
     check_environment,
     is_enough,
@@ -139,6 +140,12 @@ def _call_back(callback: Callable | None, model: Any, row: dict) -> None:
     if callback is not None:
         row.update(callback(model, row) or {})
 
+# %% ../nbs/learn/07_the_loop.ipynb #78dde801
+def _plugs(objective: Any, refinement: Any, encoder: Any, step_rule: StepRule | None) -> dict[str, Any]:
+    "The exchangeable parts by which a run is told from others; a step rule only where there is one."
+    plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
+    return plugs if step_rule is None else {**plugs, "step_rule": step_rule}
+
 # %% ../nbs/learn/07_the_loop.ipynb #19440261
 @refuses_old_names
 def unlearn(
@@ -152,9 +159,10 @@ def unlearn(
     thresholds: Thresholds | None = None,  # instead of `heldout`; neither: the published ones, with a warning
     objective: Objective | Callable | None = None,  # (model, batch, reference) -> named terms; None: `ICU`
     refinement: Callable | None = select_icu,  # (scores, thresholds) -> which texts train next; None: all
+    step_rule: StepRule | None = None,  # what changes a step's gradient (`SAM`, `GRU`); None: nothing
     neighbors: Any = None,  # ready pairs: integers [n, k], indices into `retain`; None: the nearest texts
     callback: Callable | None = None,  # (model, row) after every row of the history; a dict is added to it
-    alternatives: Any = None,  # for each of `forget` what to say instead; objectives ask for it (DPO)
+    alternatives: Any = None,  # for each of `forget` what to say instead; objectives ask for it (DPO, IDK)
     embedder: str | Path | Callable | None = None,  # an encoder, or texts -> [n, D]; None: the model itself
     encoder: str | Path | None = None,  # name or folder of an encoder for BERTScore; None: BLEU alone
     checkpoint_dir: str | Path | None = None,  # a folder for checkpoints, at most two at a time
@@ -164,7 +172,7 @@ def unlearn(
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
     objective = objective or ICU(config.alpha, config.beta)
-    plugs = {"objective": objective, "refinement": refinement, "encoder": encoder and Path(encoder).name}
+    plugs = _plugs(objective, refinement, encoder, step_rule)
     with together():
         scorer = BERTScorer(str(encoder)) if encoder else None
         task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
@@ -174,9 +182,8 @@ def unlearn(
     identity = partial(run_identity, model, task, config, thresholds, plugs)
     checkpoints = Checkpoints.open(checkpoint_dir, resume_from_checkpoint, identity)
     progress = Progress(np.full(len(task.forget), True))
-    run = Run(
-        model, task, config, objective, thresholds, tokenizer, refinement, scorer, report_to, checkpoint_dir
-    )
+    checks = tokenizer, refinement, scorer
+    run = Run(model, task, config, objective, thresholds, *checks, report_to, checkpoint_dir, step_rule)
     with run.ending_well(progress):
         progress.load(run, checkpoints, resume_from_checkpoint)
         with Reports(run, report_to, progress.epoch) as reports:

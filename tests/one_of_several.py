@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from icu_nb.config import ICUConfig
 from icu_nb.errors import ICUError
 from icu_nb.iur import Thresholds
+from icu_nb.methods.step_rules import GRU, SAM
 from icu_nb.models.loading import add_lora
 from icu_nb.objective import ICU, GradientAscent, Objective
 from icu_nb.unlearn import unlearn
@@ -94,8 +95,9 @@ def main(folder, out, job):
         return function
 
     options = {"refinement": only(job["rows"])} if "rows" in job else {}
+    options["step_rule"] = {"SAM": SAM(), "GRU": GRU(), None: None}[job.get("rule")]
     if "fails" in job:
-        options = {
+        options |= {
             "callback": at("callback", None),
             "refinement": at("refinement", only(range(8))),
             "embedder": at("embedder", lambda texts: np.random.default_rng(0).normal(size=(len(texts), 4))),

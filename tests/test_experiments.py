@@ -802,7 +802,10 @@ def test_from_a_shell():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_stored_row_is_found_by_its_settings(name):
-    """Settings read from a row are written as the same text and make the same key, and the plan has it."""
+    """Settings read from a row are written as the same text and make the same key, and the plan has it.
+
+    The plan has no row of DPO as it was: its loss lacked the factor 2/beta, its learning rate made up for it.
+    """
     rows = read_rows(ROOT / "figures" / "data", name)
     assert len(rows)
     for row in rows.to_dict("records"):
@@ -810,7 +813,7 @@ def test_every_stored_row_is_found_by_its_settings(name):
         stored = Trial(name, *identity, TrialSettings.from_json(row["settings"]))
         assert stored.settings.to_json() == row["settings"] and stored.key == row["key"]
     planned = {trial.key: trial.label for trial in list_trials(name)}
-    tiny = rows[rows.profile == "tiny"]
+    tiny = rows[(rows.profile == "tiny") & (rows.method != "dpo")]
     assert dict(zip(tiny["key"], tiny.label, strict=True)).items() <= planned.items()
 
 

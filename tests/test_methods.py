@@ -147,8 +147,57 @@ class Formulas:
     def npo(self):
         return -(2 / 0.1) * logsigmoid(-0.1 * self.moved(self.f)).mean() + self.ce(self.r)
 
-    def dpo(self):
-        return -logsigmoid(0.1 * (self.moved(self.alt) - self.moved(self.f))).mean() + self.ce(self.r)
+    def dpo(self, alpha=1.0):
+        preference = 0.1 * (self.moved(self.alt) - self.moved(self.f))
+        return -(2 / 0.1) * logsigmoid(preference).mean() + alpha * self.ce(self.r)
+
+    def altpo(self):
+        return self.dpo(alpha=2.0)
+
+    def idk(self):
+        return self.ce(self.alt) + self.ce(self.r)
+
+    def idk_ap(self):
+        kept = []
+        for i, text in enumerate(self.r):
+            half = len(text) // 2
+            refused = [*text[:half], *self.alt[i // 2]]
+            answer = self.log_p(self.model, text)[half - 1 :].sum()
+            kept.append(logsigmoid(0.1 * (answer - self.log_p(self.model, refused)[half - 1 :].sum())))
+        return self.ce(self.alt) - torch.stack(kept).mean() / 0.1
+
+    @staticmethod
+    def js(p, q):
+        middle = (p + q) / 2
+        kl = [(a * (a.clamp(min=1e-300) / middle).log()).sum(-1) for a in (p, q)]
+        return sum(kl) / 2
+
+    def jensun(self):
+        far, near = [], []
+        for text, words in zip(self.f, self.alt, strict=True):
+            said = (words * 12)[: len(text) - 1]
+            p = self.all_log_p(self.model, text).exp()
+            far.append(self.js(p, torch.eye(VOCAB).double()[said]))
+        for text in self.r:
+            p0, p = (self.all_log_p(model, text).exp() for model in (self.original, self.model))
+            near.append(self.js(p0.detach(), p))
+        return torch.cat(far).mean() + torch.cat(near).mean()
+
+    def ceu(self):
+        losses = []
+        for text in self.f:
+            p = self.all_log_p(self.model, text)
+            others = p.detach().exp() * (1 - torch.eye(VOCAB).double()[text[1:]])
+            losses.append(-(others / others.sum(-1, keepdim=True) * p).sum(-1))
+        return torch.cat(losses).mean()
+
+    def npo_sam(self):
+        lengths = torch.tensor([len(text) - 1 for text in self.f])
+        moved = self.moved(self.f) / lengths
+        return -(2 / 0.015) * logsigmoid(-0.015 * moved).mean() + 2.25 * self.ce(self.r)
+
+    def gru(self):
+        return self.ga()
 
     def wga(self):
         return self.weighted(lambda p: p) + self.ce(self.r)
@@ -170,14 +219,16 @@ class Formulas:
     @staticmethod
     def first_layer(model, texts):
         outputs = [model(torch.tensor([text]), output_hidden_states=True) for text in texts]
-        return torch.cat([output.hidden_states[1][0, :-1] for output in outputs])
+        return [output.hidden_states[1][0] for output in outputs]
 
     def rmu(self):
         u = torch.rand(16, generator=torch.Generator().manual_seed(0)).double()
         u = 2.0 * u / u.norm()
         f, r = self.first_layer(self.model, self.f), self.first_layer(self.model, self.r)
-        r0 = self.first_layer(self.original, self.r).detach()
-        return mse_loss(f, u.expand_as(f)) + 3.0 * mse_loss(r, r0)
+        r0 = [states.detach() for states in self.first_layer(self.original, self.r)]
+        forget = torch.stack([mse_loss(states, u.expand_as(states)) for states in f])
+        retain = torch.stack([mse_loss(*pair) for pair in zip(r, r0, strict=True)])
+        return forget.mean() + 3.0 * retain.mean()
 
 
 @pytest.mark.parametrize(
@@ -316,9 +367,8 @@ def test_undial_without_beta_starts_at_rest():
 def test_dpo_at_the_original_is_indifferent():
     model, work = build("gpt2"), task()
     reference = OriginalModel(model, {"forget": work.forget, "alternative": work.alternatives})
-    assert get_method("dpo").make()(model, work.batch(torch.arange(3), "cpu"), reference)[
-        "l_fgt"
-    ].item() == pytest.approx(np.log(2))
+    terms = get_method("dpo").make(beta=0.5)(model, work.batch(torch.arange(3), "cpu"), reference)
+    assert terms["l_fgt"].item() == pytest.approx(2 / 0.5 * np.log(2))
 
 
 # ---- RMU and EUL ----
@@ -389,19 +439,21 @@ def test_fusing_one_request_changes_nothing_and_two_are_a_compromise():
 
 @methods
 def test_every_method_runs_in_the_loop(tiny, name):
-    """In pieces, too; and whoever pushes the forget texts down has them less likely afterwards."""
-    model = add_lora(tiny.copy()) if name == "eul" else tiny.copy()
-    objective = get_method(name).make(**({"layer": 0} if name == "rmu" else {}))
+    """Three steps, in pieces, with the step rule and the texts to say instead that the method asks for."""
+    model, method = add_lora(tiny.copy()) if name == "eul" else tiny.copy(), get_method(name)
+    objective = method.make(**({"layer": 0} if name == "rmu" else {}))
+    written = method.write_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48)
     result = unlearn(
         model,
         tiny.tokenizer,
         tiny.forget,
         tiny.retain,
-        tiny.config(max_epochs=1, learning_rate=1e-3, micro_batch_size=3),
+        tiny.config(max_epochs=1, learning_rate=1e-3, batch_size=3, micro_batch_size=2),
         objective=objective,
         thresholds=NEVER,
         refinement=None,
-        alternatives=tiny.heldout if name == "dpo" else None,
+        alternatives=tiny.heldout if method.alternatives == "given" else written,
+        step_rule=method.make_rule(),
     )
     terms = [
         column

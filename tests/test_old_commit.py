@@ -114,17 +114,19 @@ def test_the_three_losses(stored, shaken, tokenizer):
     assert found == pytest.approx(OLD["losses"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", OLD["terms"])
+# RMU's means are over texts by now; test_methods.py and test_newer_methods.py compute it.
+@pytest.mark.parametrize("name", [name for name in OLD["terms"] if name != "rmu"])
 def test_the_terms_of_every_objective(stored, shaken, tokenizer, name):
     heldout = texts("heldout")
     task = task_of(stored, tokenizer, [*heldout, *heldout][:12])
     parts = {"forget": task.forget, "neighbor": task.neighbors, "alternative": task.alternatives}
-    objective = get_method(name).objective(**({"layer": 1} if name == "rmu" else {}))
+    objective = get_method(name).objective()
     reference = OriginalModel(stored, parts, anything="anything" in objective.needs_reference)
     terms = objective(shaken, task.batch(torch.arange(8), "cpu"), reference)
-    assert {term: value.item() for term, value in terms.items()} == pytest.approx(
-        OLD["terms"][name], rel=1e-6
-    )
+    old = dict(OLD["terms"][name])
+    if name == "dpo":  # its factor 2/beta was missing
+        old["l_fgt"] *= 2 / objective.beta
+    assert {term: value.item() for term, value in terms.items()} == pytest.approx(old, rel=1e-6)
 
 
 def run(model, tokenizer, config, refinement):

@@ -122,6 +122,8 @@ JOBS = {
     },
     "an adapter": {"config": {"learning_rate": 1e-3}, "lora": True},
     "layers computed twice": {"config": dict(SGD_LIKE, gradient_checkpointing=True)},
+    "SAM in pieces": {"config": dict(SGD_LIKE, micro_batch_size=1), "rule": "SAM"},
+    "GRU": {"config": SGD_LIKE, "ascent": True, "rule": "GRU"},
     "EL of a sample of all": {"config": dict(SGD_LIKE, check_sample=3, check_steps=1), "ma": 1.0},
     "thresholds within an epoch": {"config": dict(SGD_LIKE, check_steps=1), "ascent": True},
 }

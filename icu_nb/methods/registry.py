@@ -15,17 +15,22 @@ from typing import TYPE_CHECKING, Any
 from ..errors import require
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from icu_nb.objective import Objective
+    from icu_nb.run import StepRule
 
 # %% ../../nbs/library/methods/registry.ipynb #9673a782
 @dataclass(frozen=True)
 class _MethodSettings:
-    "How a method is run: the settings of the loop, and those of its loss that differ from its defaults."
+    "How a method is run: the settings of the loop, and those of its loss and its step rule."
 
     learning_rate: float | None = None  # None: not known, as everywhere here
     batch_size: int | None = None  # texts per step
     epochs: int | None = None  # None: counted otherwise, see the method's source
     loss: Mapping = field(default_factory=dict)  # arguments of the objective
+    rule: Mapping = field(default_factory=dict)  # arguments of the step rule
 
 # %% ../../nbs/library/methods/registry.ipynb #20e1ab08
 def _load(path: str) -> Any:
@@ -43,12 +48,15 @@ class Method:
     color: str  # in figures: a hex string
     marker: str  # in figures: one of matplotlib's
     objective_path: str = ""  # "module:name" in this package: where its objective stands
+    rule_path: str = ""  # the same of its step rule, where it has one
     edit_path: str = ""  # the same of the function that makes it, where no objective does
+    alternatives: str = ""  # what it says instead of forget texts: given, refusals, no idea or generated
     refinement: str = "none"  # none, icu or published_rule
     published: _MethodSettings | None = None  # for large models
     tuned: _MethodSettings | None = None  # for the tiny model
     source: str = ""  # of the published settings
     variant_of: str = ""  # the method that it is with other settings
+    since_paper: bool = False  # published after ICU; the stored tables do not hold it
 
     @property
     def objective(self) -> "type[Objective] | None":
@@ -67,7 +75,7 @@ class Method:
 
     def make(
         self,
-        **settings: float,  # of its loss; what is left out is as published (EUL's as in re-implementations)
+        **settings: float,  # of its loss; what is left out is as published (EUL's: as re-implemented)
     ) -> "Objective":  # for `unlearn(..., objective=)`
         "The method's objective."
         made_by = f"`{self.edit.__name__}` makes it" if self.edit else "it is only measured"
@@ -87,7 +95,32 @@ class Method:
             f"{self.name} has no such setting",
             f"Its settings: {', '.join(known) or 'none'}",
         )
-        return objective(**settings)
+        published = self.published.loss if self.published else {}
+        return objective(**{**published, **settings})
+
+    def make_rule(
+        self,
+        **settings: float,  # of its step rule; what is left out is as published
+    ) -> "StepRule | None":  # for `unlearn(..., step_rule=)`; None: it has none
+        "The method's step rule."
+        published = self.published.rule if self.published else {}
+        return _load(self.rule_path)(**{**published, **settings}) if self.rule_path else None
+
+    def write_alternatives(
+        self,
+        model: "PreTrainedModel | PeftModel",  # the original model
+        tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
+        forget: Any,  # see `unlearn`
+        **settings: Any,  # of `refusals` or `generate_alternatives`: max_length, seed, ...
+    ) -> list[dict] | None:  # for `unlearn(..., alternatives=)`; None: it says nothing, or you say what (DPO)
+        "What the method says instead of each forget text."
+        if self.alternatives == "generated":
+            generate = _load("methods.alternatives:generate_alternatives")
+            return generate(model, tokenizer, forget, **settings)
+        if self.alternatives in ("refusals", "no idea"):
+            texts = {"texts": ["No idea"]} if self.alternatives == "no idea" else {}
+            return _load("methods.alternatives:refusals")(tokenizer, forget, **{**texts, **settings})
+        return None
 
 # %% ../../nbs/library/methods/registry.ipynb #c192c391
 _YARDSTICKS = (
@@ -184,7 +217,7 @@ _OTHER_ANSWERS = (
         "methods.objectives:PO",
         published=_OF_TOFU,
         tuned=_MethodSettings(3e-4),
-        source=_TOFU,
+        source="arXiv 2407.20271, its code: mismatched labels; TOFU's PO is idk",
     ),
     Method(
         "dpo",
@@ -193,7 +226,8 @@ _OTHER_ANSWERS = (
         "h",
         "methods.objectives:DPO",
         published=_OF_TOFU,
-        tuned=_MethodSettings(3e-3, loss={"beta": 0.02}),
+        alternatives="given",
+        tuned=_MethodSettings(3e-4, loss={"beta": 0.02}),
         source=_TOFU,
     ),
     Method(
@@ -204,7 +238,7 @@ _OTHER_ANSWERS = (
         "methods.objectives:EUL",
         published=_MethodSettings(),
         tuned=_MethodSettings(1e-2),
-        source="arXiv 2310.20150: not checked",
+        source="re-implementations; the paper's (arXiv 2310.20150) public code does not hold the loss",
     ),
 )
 
@@ -287,6 +321,93 @@ _LAYERS_AND_TOKENS = (
     ),
 )
 
+# %% ../../nbs/library/methods/registry.ipynb #cc0cc1fc
+_SINCE_THE_PAPER = (
+    Method(
+        "idk",
+        "IDK",
+        "#6A3D9A",
+        "P",
+        "methods.objectives:IDK",
+        alternatives="refusals",
+        published=_OF_TOFU,
+        tuned=_MethodSettings(1e-3),
+        source=f"{_TOFU}, where it is called PO",
+        since_paper=True,
+    ),
+    Method(
+        "idk_ap",
+        "IDK+AP",
+        "#B15928",
+        "X",
+        "methods.objectives:IDK",
+        alternatives="refusals",
+        published=_MethodSettings(1e-5, 32, 5, loss={"alpha": 0.0, "ap": 1.0}),
+        tuned=_MethodSettings(1e-3, loss={"alpha": 0.0, "ap": 1.0}),
+        source="arXiv 2410.08109, its code",
+        since_paper=True,
+    ),
+    Method(
+        "jensun",
+        "JensUn",
+        "#00441B",
+        "^",
+        "methods.objectives:JensUn",
+        alternatives="no idea",
+        published=_MethodSettings(1e-5, 32, 10),
+        tuned=_MethodSettings(3e-4),
+        source="arXiv 2509.02820, its code",
+        since_paper=True,
+    ),
+    Method(
+        "ceu",
+        "CE-U",
+        "#FB8072",
+        "v",
+        "methods.objectives:CEU",
+        published=_MethodSettings(1e-5, 32, 10),
+        tuned=_MethodSettings(1e-4),
+        source="arXiv 2503.01224, in open-unlearning",
+        since_paper=True,
+    ),
+    Method(
+        "altpo",
+        "AltPO",
+        "#E7298A",
+        "h",
+        "methods.objectives:DPO",
+        alternatives="generated",
+        published=_MethodSettings(2e-5, 32, 2, loss={"alpha": 2.0}),
+        tuned=_MethodSettings(3e-4, loss={"beta": 0.02}),
+        source="arXiv 2409.13474, in open-unlearning",
+        since_paper=True,
+    ),
+    Method(
+        "npo_sam",
+        "NPO+SAM",
+        "#8DA0CB",
+        "D",
+        "methods.objectives:MeanNPO",
+        rule_path="methods.step_rules:SAM",
+        published=_MethodSettings(5e-6, 4, loss={"beta": 0.015, "alpha": 2.25}, rule={"rho": 0.01}),
+        tuned=_MethodSettings(1e-4, loss={"beta": 0.1, "alpha": 1.0}, rule={"rho": 0.01}),
+        source="arXiv 2502.05374, its code: 125 steps",
+        since_paper=True,
+    ),
+    Method(
+        "gru",
+        "GRU",
+        "#66A61E",
+        "8",
+        "objective:GradientAscent",
+        rule_path="methods.step_rules:GRU",
+        published=_MethodSettings(1e-5, 32, 5),
+        tuned=_MethodSettings(1e-4),
+        source="arXiv 2503.09117, its code",
+        since_paper=True,
+    ),
+)
+
 # %% ../../nbs/library/methods/registry.ipynb #443328ca
 _EDITS = (
     Method(
@@ -305,7 +426,10 @@ _EDITS = (
 # in the order of tables
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (*_YARDSTICKS, *_ASCENT, *_OTHER_ANSWERS, *_PREFERENCE, *_LAYERS_AND_TOKENS, *_EDITS)
+    for method in (
+        *(*_YARDSTICKS, *_ASCENT, *_OTHER_ANSWERS, *_PREFERENCE),
+        *(*_LAYERS_AND_TOKENS, *_SINCE_THE_PAPER, *_EDITS),
+    )
 }
 
 

@@ -67,6 +67,11 @@ def _train(method: Method, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, 
         batch_size=len(forget) if method.name == "kumpr" else 8,
     )
     model = copy.deepcopy(setup.original)
+    if method.alternatives == "given":  # records of other invented people
+        alternatives: list | None = people(len(forget), seed=1000 + setup.seed)
+    else:
+        options = {"max_length": _MAX_LENGTH, "seed": setup.seed}
+        alternatives = method.write_alternatives(model, setup.tokenizer, forget, **options)
     result = unlearn(
         add_lora(model) if method.name == "eul" else model,
         setup.tokenizer,
@@ -76,8 +81,8 @@ def _train(method: Method, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, 
         objective=method.make(**method.tuned.loss),
         thresholds=_goal(setup),
         refinement=_REFINEMENTS[method.refinement],
-        # for DPO: records of other invented people
-        alternatives=people(len(forget), seed=1000 + setup.seed) if method.name == "dpo" else None,
+        alternatives=alternatives,
+        step_rule=method.make_rule(**method.tuned.rule),
     )
     return result.model, int(result.history.epoch.max())
 
@@ -124,7 +129,7 @@ def _make(name: str, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, int]":
 def _settings(name: str) -> str:
     "The tuned settings as JSON: a row is made again when they change."
     tuned = METHODS[name].tuned
-    return json.dumps({"learning_rate": tuned.learning_rate, **tuned.loss}) if tuned else ""
+    return json.dumps({"learning_rate": tuned.learning_rate, **tuned.loss, **tuned.rule}) if tuned else ""
 
 
 def baseline_row(

@@ -289,7 +289,7 @@ def grid_table(
     found = {}
     for trial in list_trials(name, profile, 1):
         settings = json.loads(trial.settings.to_json())
-        changed = {option: value for option, value in settings.items() if value != usual[option]}
+        changed = {option: value for option, value in settings.items() if value != usual.get(option)}
         changed |= changed.pop("loss", {})
         text = ", ".join(f"{option} = {value}" for option, value in changed.items())
         found[trial.data, trial.model, trial.label] = {"method": trial.method, "settings": text}

@@ -32,8 +32,12 @@ def _with_labels(*methods: str, **changes) -> tuple:
     return tuple((METHODS[name].label, name, changes) for name in methods)
 
 
-# all methods that train by an objective, each with one setting
-_TRAINED = tuple(name for name, method in METHODS.items() if method.objective_path and not method.variant_of)
+# the methods of the paper's years that train by an objective, each with one setting
+_TRAINED = tuple(
+    name
+    for name, method in METHODS.items()
+    if method.objective_path and not method.variant_of and not method.since_paper
+)
 
 # %% ../../nbs/library/paper/grids.ipynb #d405e642
 _MAIN_TABLE = (
@@ -219,8 +223,10 @@ def _settings_of_method(profile: str, method: str) -> dict:
     own: dict = {"refinement": record.refinement}
     if profile == "tiny" and record.tuned:
         own |= {"learning_rate": record.tuned.learning_rate, "loss": dict(record.tuned.loss)}
+        own |= {"step_rule": dict(record.tuned.rule)}
     elif record.published:
         own |= {"learning_rate": record.published.learning_rate, "batch_size": record.published.batch_size}
+        own |= {"step_rule": dict(record.published.rule)}
     return own
 
 

@@ -65,6 +65,7 @@ class TrialSettings:
     # the method
     learning_rate: float | None = None
     loss: dict = field(default_factory=dict, hash=False)  # settings of the method's objective
+    step_rule: dict = field(default_factory=dict, hash=False)  # settings of its step rule
     batch_size: int = 8
     max_epochs: int = 20
 
@@ -100,8 +101,11 @@ class TrialSettings:
     attacks: tuple[str, ...] = ()  # of `audit`
 
     def to_json(self) -> str:
-        "The settings as they stand in a row."
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        "The settings as they stand in a row; those of a step rule where there is one, as older rows do."
+        values = dataclasses.asdict(self)
+        if not self.step_rule:
+            del values["step_rule"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(

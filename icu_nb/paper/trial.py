@@ -99,11 +99,14 @@ class _NeighborEmbedder(Embedder):
 _REFINEMENTS = {"none": None, "icu": select_icu, "published_rule": select_published_rule}
 
 
-def _alternatives(trial: Trial, setup: Setup, n: int) -> list[str] | None:
-    "For DPO, other texts to say: records of other invented people, or general text."
-    if trial.method != "dpo":
-        return None
-    return people(n, seed=1000 + trial.seed) if trial.data == "people" else setup.corpus.general_train[:n]
+def _alternatives(trial: Trial, setup: Setup, texts: list[str]) -> list | None:
+    "What to say instead; for DPO records of other invented people, or general text."
+    method, n = get_method(trial.method), len(texts)
+    if method.alternatives == "given":
+        of_people = trial.data == "people"
+        return people(n, seed=1000 + trial.seed) if of_people else setup.corpus.general_train[:n]
+    options = {"max_length": trial.settings.max_length, "seed": trial.seed}
+    return method.write_alternatives(setup.original, setup.tokenizer, texts, **options)
 
 
 def _learning_rate(settings: TrialSettings) -> float:
@@ -154,7 +157,8 @@ def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: 
         thresholds=setup.goal(settings),
         refinement=_REFINEMENTS[settings.refinement],
         callback=watch if settings.watch else None,  # with it, every epoch is checked
-        alternatives=_alternatives(trial, setup, len(texts)),
+        alternatives=_alternatives(trial, setup, texts),
+        step_rule=get_method(trial.method).make_rule(**settings.step_rule),
         embedder=_NeighborEmbedder(settings, setup),
         encoder=find_encoder(settings.encoder) if settings.encoder else None,
     )
