@@ -67,7 +67,7 @@ def model(pair):
 
 @pytest.fixture
 def codebook(model):
-    return code_unlearn_module._standing_in(model)
+    return code_unlearn_module._find_codebook(model, None)
 
 
 # ---- the bottleneck, worked out by hand ----
@@ -377,13 +377,12 @@ def test_16_bit_models_keep_a_32_bit_codebook(tiny):
 
 def test_trained_once(tiny, cache, monkeypatch):
     first = trained(tiny, cache=True)[1]
-    monkeypatch.setattr(Codebook, "train", lambda self, mode=True: self)
+    monkeypatch.delattr(code_unlearn_module, "get_cosine_schedule_with_warmup")  # training needs it
     again = trained(tiny, cache=True)[1]
     assert all_equal(first.state_dict().values(), again.state_dict().values())
     assert first.history.equals(again.history)
-    assert len(list((cache / "cache" / "models").iterdir())) == 1
-    trained(tiny, cache=True, seed=1)
-    assert len(list((cache / "cache" / "models").iterdir())) == 2
+    with pytest.raises(NameError):
+        trained(tiny, cache=True, seed=1)
 
 
 def test_saved_and_loaded(tiny, model, codebook, tmp_path):
@@ -468,7 +467,7 @@ def test_an_interrupted_training_leaves_the_model_as_it_was(tiny, monkeypatch):
 
     monkeypatch.setattr(code_unlearn_module, "_loss_terms", stop)
     model = tiny.copy()
-    with pytest.raises((KeyboardInterrupt, OSError)):
+    with pytest.raises(KeyboardInterrupt):
         trained(tiny, model)
     assert tiny.same(model, tiny.weights(tiny.model))
     assert all_equal(logits(model, tiny), logits(tiny.model, tiny))

@@ -11,8 +11,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ def _places(
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if part == "layer":
         return dict(enumerate(layers))
-    found = {}
+    found: dict[int, torch.nn.Module] = {}
     for number, layer in enumerate(layers):
         for child in layer.children():
             if type(child).__name__.endswith(_PARTS[part]):
@@ -97,7 +96,7 @@ class _CodebookConfig:
         return dataclasses.asdict(self)
 
 
-def _through_codebook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+def _through_codebook(module: Any, inputs: Any, output: Any) -> Any:
     "A forward hook: what the module says goes through its codebook; a cache and attention weights do not."
     if isinstance(output, tuple):
         return module.codebook(output[0]), *output[1:]
@@ -114,6 +113,8 @@ _WEIGHTS, _SIZES = "codebook.safetensors", "codebook.json"
 
 class Codebook(torch.nn.Module):
     "A bottleneck of discrete codes behind one module of a model; see `train_codebook`."
+
+    removed: torch.Tensor  # bool [n_codes]: codes that no token may choose
 
     def __init__(
         self,
@@ -258,19 +259,30 @@ def _attach(codebook: Codebook, place: torch.nn.Module) -> None:
     place.register_forward_hook(_through_codebook)
 
 # %% ../../nbs/library/methods/code_unlearn.ipynb #ae27243d
-@contextmanager
-def _passes(codebook: Codebook) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    "What goes into the codebook and what comes out, for every pass of the model inside."
-    caught: list[tuple[torch.Tensor, torch.Tensor]] = []
+class _Caught(Exception):
+    "Ends a pass of the model in front of the codebook; nobody outside sees it."
 
-    def keep(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        caught.append((inputs[0], output))
 
-    hook = codebook.register_forward_hook(keep)
+@torch.no_grad()
+def _states(
+    model: "PreTrainedModel | PeftModel",  # with the codebook in it
+    codebook: Codebook,
+    batch: Sequences,  # on the model's device
+) -> torch.Tensor:  # [tokens, width], of the codes' type
+    "What enters the codebook at the real tokens. No code has a part in it; later layers are not computed."
+    caught = []
+
+    def catch(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        caught.append(inputs[0])
+        raise _Caught
+
+    hook = codebook.register_forward_pre_hook(catch)
     try:
-        yield caught
+        with suppress(_Caught):
+            model(**batch.inputs, use_cache=False)
     finally:
         hook.remove()
+    return caught[0][batch.attention_mask.bool()].to(codebook.codes.dtype)
 
 
 def _loss_terms(
@@ -280,10 +292,14 @@ def _loss_terms(
     sparsity: float,  # lambda
 ) -> dict[str, torch.Tensor]:  # scalars, whose sum is minimized
     "CE of the model with the bottleneck, MSE of the bottleneck, and how much its features hold."
-    with _passes(codebook) as caught:
+    caught = []
+    hook = codebook.register_forward_hook(lambda module, inputs, output: caught.extend([inputs[0], output]))
+    try:
         logits = model(**batch.inputs, use_cache=False).logits
+    finally:
+        hook.remove()
     real = batch.attention_mask.bool()
-    states, output = (tensor[real] for tensor in caught[-1])
+    states, output = (tensor[real] for tensor in caught)
     features = codebook.features(states.to(codebook.codes.dtype))
     return {
         "ce": mean_token_nll(logits, **batch.inputs),
@@ -301,16 +317,13 @@ def _draw_codes(
 ) -> None:
     "Each code becomes the features of one token, over S: S of them add up to such features."
     config = codebook.config
-    rows, states = torch.randperm(len(sequences), generator=generator), []
-    with _passes(codebook) as caught:
-        for some in rows.split(16):
-            batch = sequences[some].to(model.device)
-            model(**batch.inputs, use_cache=False)
-            states.append(caught.pop()[0][batch.attention_mask.bool()])
-            if sum(map(len, states)) >= 4 * config.n_codes:  # enough to choose from
-                break
+    states: list[torch.Tensor] = []
+    for rows in torch.randperm(len(sequences), generator=generator).split(16):
+        states.append(_states(model, codebook, sequences[rows].to(model.device)))
+        if sum(map(len, states)) >= 4 * config.n_codes:  # enough to choose from
+            break
     drawn = torch.randperm(sum(map(len, states)), generator=generator)[: config.n_codes]
-    features = codebook.features(torch.cat(states)[drawn].to(codebook.codes.dtype))
+    features = codebook.features(torch.cat(states)[drawn])
     codebook.codes.copy_(features / config.n_active)
 
 
@@ -338,7 +351,8 @@ def _train_epochs(
             for rows in torch.randperm(len(sequences), generator=generator).split(batch_size):
                 terms = _loss_terms(model, codebook, sequences[rows].to(model.device), sparsity)
                 optimizer.zero_grad()
-                sum(terms.values()).backward(inputs=own)  # the model's weights get no gradient
+                loss = terms["ce"] + terms["mse"] + terms["l1"]
+                loss.backward(inputs=own)  # the model's weights get no gradient
                 optimizer.step()
                 schedule.step()
                 losses.append({name: term.item() for name, term in terms.items()})
@@ -403,23 +417,31 @@ def train_codebook(
     return codebook
 
 # %% ../../nbs/library/methods/code_unlearn.ipynb #3c6f5917
-def _code_counts(
+def _nearest_codes(
     model: "PreTrainedModel | PeftModel",  # with the codebook in it
     codebook: Codebook,
     sequences: Sequences,
-    n: int,  # S', codes per token
+    n: int,  # codes per token
     batch_size: int,  # sequences per pass
-) -> tuple[np.ndarray, int]:  # [n_codes]: tokens that have the code among their n nearest; all tokens
-    "How often the texts use each code."
-    counts = torch.zeros(codebook.config.n_codes, dtype=torch.long, device=codebook.codes.device)
-    with evaluating(model), _passes(codebook) as caught:
+) -> torch.Tensor:  # LongTensor [tokens, n], on the CPU
+    "The nearest codes of every token, the nearest first."
+    chosen = []
+    with evaluating(model):
         for batch in sequences.batches(batch_size):
-            batch = batch.to(model.device)
-            model(**batch.inputs, use_cache=False)
-            states = caught.pop()[0][batch.attention_mask.bool()].to(codebook.codes.dtype)
-            chosen = codebook.nearest(codebook.features(states), n)
-            counts += torch.bincount(chosen.flatten(), minlength=len(counts))
-    return counts.cpu().numpy(), int(sequences.lengths.sum())
+            states = _states(model, codebook, batch.to(model.device))
+            chosen.append(codebook.nearest(codebook.features(states), n).cpu())
+    return torch.cat(chosen)
+
+
+def _count_codes(
+    nearest: torch.Tensor,  # LongTensor [tokens, m], from `_nearest_codes`
+    removed: torch.Tensor,  # bool [n_codes]: codes that do not count
+    n: int,  # S': the first of each token that are not removed
+) -> np.ndarray:  # [n_codes]
+    "How many tokens have each code among their n nearest."
+    left = ~removed[nearest]
+    counts = torch.bincount(nearest[left & (left.cumsum(1) <= n)], minlength=len(removed))
+    return counts.numpy()
 
 
 def _compare_counts(
@@ -444,12 +466,22 @@ def _compare_counts(
     return ratios, p_values
 
 # %% ../../nbs/library/methods/code_unlearn.ipynb #0c8bd387
+_DEPTH = 16  # codes per token that are kept for later rounds, times S'
 _MAKE_CONTROL = "Give each text several times with the topic's words replaced (records: `people_controls`)"
 
 
-def _standing_in(model: "PreTrainedModel | PeftModel") -> Codebook | None:
-    "The codebook that stands in the model; of several, the first."
-    return next((module for module in model.modules() if isinstance(module, Codebook)), None)
+def _find_codebook(
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+    codebook: Codebook | None,  # as given
+) -> Codebook:
+    "The one that is given, or the first that stands in the model."
+    for found in (codebook, *model.modules()):
+        if isinstance(found, Codebook):
+            return found
+    problem = "none is given, and none stands in the model"
+    raise InputError(
+        f"`codebook`: {problem}. Train one with `train_codebook`, or `Codebook.load` a stored one."
+    )
 
 
 def code_unlearn(
@@ -461,6 +493,7 @@ def code_unlearn(
     control: list[str] | None = None,  # the forget texts with the topic's words replaced, 10 of each or so
     codebook: Codebook | None = None,  # from `train_codebook`; None: the one that stands in the model
     n_retrieved: int | None = None,  # S', codes per token that are counted; None: S
+    rounds: int = 1,  # ours: look again, for codes that took the place of the removed ones
     significance: float = 0.05,  # the largest p-value
     max_length: int = 96,  # longer texts are cut
     batch_size: int = 32,  # texts per pass
@@ -472,26 +505,28 @@ def code_unlearn(
     control = check_texts(control, "control")
     same = len(set(forget) & set(control))
     require(same == 0, "control", f"{same} of them are forget texts, unchanged", _MAKE_CONTROL)
-    codebook = codebook or _standing_in(model)
-    remedy = "Train one with `train_codebook`, or `Codebook.load` a stored one"
-    require(codebook is not None, "codebook", "none is given, and none stands in the model", remedy)
-    config = codebook.config
-    n = config.n_active if n_retrieved is None else n_retrieved
+    codebook = _find_codebook(model, codebook)
+    n = codebook.config.n_active if n_retrieved is None else n_retrieved
     left = int((~codebook.removed).sum())
     require_number("n_retrieved", n, low=1, high=left, whole=True)
+    require_number("rounds", rounds, low=1, whole=True)
     require_number("significance", significance, high=1)
     codebook.attach(model)
     length = int(min(max_length, context_length(model)))
-    counts: list[Any] = []
-    for texts in (forget, control):
-        counts += _code_counts(model, codebook, tokenize(texts, tokenizer, length), n, batch_size)
-    ratios, p_values = _compare_counts(*counts)
-    found = np.flatnonzero((ratios > 0) & (p_values < significance))
-    codebook.remove(found.tolist())
+    sequences = [tokenize(texts, tokenizer, length) for texts in (forget, control)]
+    depth = min(_DEPTH * n, left)
+    topic, others = (_nearest_codes(model, codebook, some, depth, batch_size) for some in sequences)
+    removed = codebook.removed.cpu()
+    for _ in range(rounds):
+        counts = [_count_codes(nearest, removed, n) for nearest in (topic, others)]
+        ratios, p_values = _compare_counts(counts[0], len(topic), counts[1], len(others))
+        removed = removed | torch.from_numpy((ratios > 0) & (p_values < significance))
+    found = (removed & ~codebook.removed.cpu()).nonzero().flatten().tolist()
+    codebook.remove(found)
     return {
         "codes_removed": len(found),
         "codes_removed_in_all": int(codebook.removed.sum()),
-        "codes": config.n_codes,
+        "codes": codebook.config.n_codes,
         "seconds": time.perf_counter() - began,
         "bytes": sum(x.numel() * x.element_size() for x in codebook.state_dict().values()),
     }
