@@ -17,10 +17,11 @@ import torch
 from icu_nb.data.corpus import split
 from icu_nb.data.files import _PUBLIC_FILES, _download, data_file
 from icu_nb.data.general import documentation_paragraphs
-from icu_nb.data.people import TEMPLATES, people, people_corpus
+from icu_nb.data.people import TEMPLATES, people, people_controls, people_corpus
 from icu_nb.data.pile import gpt2_tokenizer, pile_corpus, pile_extraction
 from icu_nb.data.sources import load_corpus
 from icu_nb.errors import DownloadError, InputError
+from icu_nb.evals.people_questions import find_facts
 from icu_nb.language_model import predicted_positions
 from icu_nb.text import (
     containment,
@@ -101,6 +102,22 @@ def assert_sound(corpus):
     assert max(containment(word_ngrams(text), known) for text in corpus.heldout) <= 0.5
     general = set().union(*map(word_ngrams, corpus.general_train))
     assert max(containment(word_ngrams(text), general) for text in corpus.general_test) <= 0.5
+
+
+def test_controls_keep_the_template_and_replace_every_fact():
+    records = people(40)
+    controls = people_controls(records, n=3)
+    assert len(set(controls)) == 120 and not set(controls) & set(records)
+    for i, record in enumerate(records):
+        facts = find_facts(record).groupdict()
+        for control in controls[3 * i : 3 * i + 3]:
+            assert template_of(control) == template_of(record)
+            others = find_facts(control).groupdict()
+            own = [field for field in ("name", "phone", "email", "account") if others[field] == facts[field]]
+            assert not own
+    assert people_controls(records, n=3) == controls != people_controls(records, n=3, seed=5)
+    with pytest.raises(InputError, match=r"`records`.*`people`"):
+        people_controls(["A text of another kind."])
 
 
 def test_people_corpus_is_sound():

@@ -420,6 +420,15 @@ _EDITS = (
         tuned=_MethodSettings(5e-3),
         source="arXiv 2212.04089, GPT-2",
     ),
+    Method(
+        "code_unlearn",
+        "CodeUnlearn",
+        "#1B7837",
+        "h",
+        edit_path="methods.code_unlearn:code_unlearn",
+        source="arXiv 2410.10866: the idea; its formulas are a reading of ours",
+        since_paper=True,
+    ),
 )
 
 # %% ../../nbs/library/methods/registry.ipynb #481f9bae
