@@ -1,6 +1,7 @@
 """Every method against a formula of its own, written here from logits with plain PyTorch in float64."""
 
 import copy
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -14,11 +15,11 @@ from icu_nb.checkpoint import _CheckpointError
 from icu_nb.data.people import people_corpus
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
-from icu_nb.methods.edits import _fuse_by_least_squares, add_vector, retrain, task_vector
+from icu_nb.methods.edits import _fuse_by_least_squares, retrain
 from icu_nb.methods.objectives import _layer_states
 from icu_nb.methods.registry import METHODS, get_method
 from icu_nb.models.loading import add_lora
-from icu_nb.models.tiny import tiny_gpt_neo, tiny_model
+from icu_nb.models.tiny import memorize, tiny_gpt_neo, tiny_model
 from icu_nb.pairs import Task, prepare_task
 from icu_nb.reference import OriginalModel
 from icu_nb.unlearn import unlearn
@@ -601,23 +602,7 @@ def test_retraining_is_what_the_tiny_model_does_without_its_forget_texts():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
 
 
-def test_a_task_vector_leads_to_the_tuned_model_and_back(tiny):
-    from icu_nb.language_model import mean_token_nll
-
-    def loss(model):
-        return mean_token_nll(model(**tiny.sequences.inputs).logits, **tiny.sequences.inputs).item()
-
-    model = tiny.copy()
-    vector = task_vector(model, tiny.tokenizer, tiny.forget, epochs=2, learning_rate=1e-3, max_length=48)
-    assert tiny.same(model, tiny.weights(tiny.model))
-    assert vector.keys() == dict(model.named_parameters()).keys()
-    add_vector(model, vector, -1.0)
-    assert loss(model) > loss(tiny.model)
-    add_vector(model, vector, 1.0)
-    assert all(
-        torch.allclose(p, q, atol=1e-6)
-        for p, q in zip(model.parameters(), tiny.model.parameters(), strict=False)
-    )
+RECIPE = {*inspect.signature(memorize).parameters}  # what a task vector hands on
 
 
 def test_every_record_is_complete():
@@ -628,6 +613,9 @@ def test_every_record_is_complete():
         assert not (trained and method.edit)
         if trained or name == "task vector":
             assert method.published and method.source and 0 < method.tuned.learning_rate <= 0.01
+        if method.edit and method.tuned:
+            assert method.published and method.source
+            assert {*method.tuned.of_edit()} <= {*inspect.signature(method.edit).parameters} | RECIPE
         if trained:
             method.make(**method.tuned.loss)
             method.make(**method.published.loss)

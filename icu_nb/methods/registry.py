@@ -31,6 +31,12 @@ class _MethodSettings:
     epochs: int | None = None  # None: counted otherwise, see the method's source
     loss: Mapping = field(default_factory=dict)  # arguments of the objective
     rule: Mapping = field(default_factory=dict)  # arguments of the step rule
+    edit: Mapping = field(default_factory=dict)  # arguments of the edit
+
+    def of_edit(self) -> dict[str, Any]:
+        "All settings as an edit takes them; what is not known is left to its defaults."
+        run = {"learning_rate": self.learning_rate, "batch_size": self.batch_size, "epochs": self.epochs}
+        return {**{name: value for name, value in run.items() if value is not None}, **self.edit}
 
 # %% ../../nbs/library/methods/registry.ipynb #20e1ab08
 def _load(path: str) -> Any:
@@ -56,7 +62,7 @@ class Method:
     tuned: _MethodSettings | None = None  # for the tiny model
     source: str = ""  # of the published settings
     variant_of: str = ""  # the method that it is with other settings
-    since_paper: bool = False  # published after ICU; the stored tables do not hold it
+    since_paper: bool = False  # added later; the stored tables do not hold it
 
     @property
     def objective(self) -> "type[Objective] | None":
@@ -431,13 +437,83 @@ _EDITS = (
     ),
 )
 
+# %% ../../nbs/library/methods/registry.ipynb #4f151124
+_DEPN = Method(
+    "depn",
+    "DEPN",
+    "#F0027F",
+    "*",
+    edit_path="methods.neurons:edit_neurons",
+    published=_MethodSettings(edit={"n_neurons": 20, "share": 0.1, "steps": 20}),
+    tuned=_MethodSettings(edit={"n_neurons": 1024, "steps": 5}),
+    source="arXiv 2310.20138, its code",
+    since_paper=True,
+)
+_AMNESIAC = Method(
+    "amnesiac",
+    "amnesiac",
+    "#7570B3",
+    "H",
+    edit_path="methods.recorded_updates:amnesiac",
+    published=_MethodSettings(),
+    tuned=_MethodSettings(),
+    source="arXiv 2010.10981, its code: Adam, batches of 64 images",
+    since_paper=True,
+)
+
+_LATER_EDITS = (
+    Method(
+        "repselect",
+        "RepSelect",
+        "#17BECF",
+        "X",
+        edit_path="methods.repselect:repselect",
+        published=_MethodSettings(0.05, 8, 10, edit={"rank": 512, "lora_learning_rate": 0.01}),
+        tuned=_MethodSettings(30.0, edit={"rank": 64}),
+        source="arXiv 2606.17168, its code: both rates tuned from 0.005 to 0.5",
+        since_paper=True,
+    ),
+    Method(
+        "undo",
+        "UNDO",
+        "#BF5B17",
+        "P",
+        edit_path="methods.undo:undo",
+        published=_MethodSettings(9e-4, edit={"beta": 0.1}),
+        tuned=_MethodSettings(2e-3, edit={"alpha": 0.6}),
+        source="arXiv 2506.06278, its code: alpha swept, until the teacher's loss is reached",
+        since_paper=True,
+    ),
+    _AMNESIAC,
+    dataclasses.replace(
+        _AMNESIAC,
+        name="partial_amnesiac",
+        label="partial amnesiac",
+        color="#B2ABD2",
+        tuned=_MethodSettings(edit={"top": 0.1}),
+        source="arXiv 2403.07611; no public code",
+        variant_of="amnesiac",
+    ),
+    _DEPN,
+    dataclasses.replace(
+        _DEPN,
+        name="neuron_relevance",
+        label="neuron relevance",
+        color="#FDC086",
+        published=_MethodSettings(edit={"score": "gradient x activation"}),
+        tuned=_MethodSettings(edit={"score": "gradient x activation", "n_neurons": 1024}),
+        source="a reading of arXiv 2410.23693 for language models; no public code",
+        variant_of="depn",
+    ),
+)
+
 # %% ../../nbs/library/methods/registry.ipynb #481f9bae
 # in the order of tables
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         *(*_YARDSTICKS, *_ASCENT, *_OTHER_ANSWERS, *_PREFERENCE),
-        *(*_LAYERS_AND_TOKENS, *_SINCE_THE_PAPER, *_EDITS),
+        *(*_LAYERS_AND_TOKENS, *_SINCE_THE_PAPER, *_EDITS, *_LATER_EDITS),
     )
 }
 

@@ -18,9 +18,9 @@ import pandas as pd
 from ..config import ICUConfig
 from ..data.people import people
 from ..iur import Thresholds, select_icu, select_published_rule
-from ..methods.edits import add_vector, task_vector
+from ..methods.edits import task_vector
 from ..methods.registry import METHODS, Method, get_method
-from ..metrics import memorization_accuracy, memorization_scores, perplexity
+from ..metrics import memorization_scores, perplexity
 from ..models.loading import add_lora
 from .rows import put_row
 from .setup import Setup, prepare_setup
@@ -91,28 +91,19 @@ def _subtract_task_vector(setup: Setup) -> "PreTrainedModel":
     "The original minus the smallest part of the task vector, to 1/64, that forgets enough; or all of it."
     tuned = METHODS["task vector"].tuned
     assert tuned is not None
-    recipe = {"epochs": 5, "learning_rate": tuned.learning_rate, "max_length": _MAX_LENGTH}
-    vector = task_vector(setup.original, setup.tokenizer, setup.corpus.forget, seed=setup.seed, **recipe)
-    sequences, goal = _forget_sequences(setup), _goal(setup).ma
-
-    def minus(part: float) -> "PreTrainedModel":
-        model = copy.deepcopy(setup.original)
-        add_vector(model, vector, -part)
-        return model
-
-    def enough(part: float) -> bool:
-        return memorization_accuracy(minus(part), sequences).mean().item() <= goal
-
-    low, high = 0.0, 1.0
-    if not enough(high):
-        return minus(high)
-    while high - low > 1 / 64:
-        middle = (low + high) / 2
-        if enough(middle):
-            high = middle
-        else:
-            low = middle
-    return minus(high)
+    model = copy.deepcopy(setup.original)
+    task_vector(
+        model,
+        setup.tokenizer,
+        setup.corpus.forget,
+        [],
+        ma=_goal(setup).ma,
+        max_length=_MAX_LENGTH,
+        epochs=5,
+        learning_rate=tuned.learning_rate,
+        seed=setup.seed,
+    )
+    return model
 
 
 def _make(name: str, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, int]":

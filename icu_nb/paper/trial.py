@@ -25,9 +25,8 @@ from ..embedding import Embedder
 from ..errors import InputError, require
 from ..evals.people_questions import find_facts
 from ..iur import select_icu, select_published_rule
-from ..methods.edits import add_vector, task_vector
+from ..methods.edits import task_vector
 from ..methods.registry import get_method
-from ..metrics import memorization_accuracy
 from ..models.loading import add_lora
 from .measure import Outcome, measure_outcome
 from .setup import LocalFiles, Setup, Trial, TrialSettings, find_encoder, prepare_setup
@@ -216,29 +215,19 @@ def _random_weights(trial: Trial, setup: Setup) -> Outcome:
 def _scaled_task_vector(trial: Trial, setup: Setup) -> Outcome:
     "The original minus the smallest part of the task vector, to 1/64, that reaches the goal; else all of it."
     settings = trial.settings
-    texts = setup.forget_texts(settings)
-    sequences = tokenize(texts, setup.tokenizer, settings.max_length)
-    sizes = {"learning_rate": settings.learning_rate, "max_length": settings.max_length}
-    vector = task_vector(setup.original, setup.tokenizer, texts, epochs=5, seed=trial.seed, **sizes)
-    goal = setup.goal(settings).ma
-
-    def minus(part: float) -> PreTrainedModel:
-        model = copy.deepcopy(setup.original)
-        add_vector(model, vector, -part)
-        return model
-
-    def reaches(part: float) -> bool:
-        return bool(memorization_accuracy(minus(part), sequences).mean() <= goal)
-
-    low, high = 0.0, 1.0
-    if reaches(high):
-        while high - low > 1 / 64:
-            middle = (low + high) / 2
-            if reaches(middle):
-                high = middle
-            else:
-                low = middle
-    return Outcome(minus(high), 5)
+    model = copy.deepcopy(setup.original)
+    task_vector(
+        model,
+        setup.tokenizer,
+        setup.forget_texts(settings),
+        [],
+        ma=setup.goal(settings).ma,
+        max_length=settings.max_length,
+        epochs=5,
+        learning_rate=settings.learning_rate,
+        seed=trial.seed,
+    )
+    return Outcome(model, 5)
 
 
 _REFERENCES = {
