@@ -160,7 +160,15 @@ def test_relearning_trains_all_weights_whatever_was_frozen(tiny):
     frozen = tiny.copy().requires_grad_(False)
     adapted = add_lora(tiny.copy())
     tables = [
-        relearn(model, tiny.tokenizer, tiny.heldout, tiny.forget, measure_at=(0, 3), max_length=48)
+        relearn(
+            model,
+            tiny.tokenizer,
+            tiny.heldout,
+            tiny.forget,
+            measure_at=(0, 3),
+            learning_rate=3e-2,
+            max_length=48,
+        )
         for model in (tiny.model, frozen, adapted)
     ]
     assert tables[0].MA[tables[0].step == 3].mean() != tables[0].MA[tables[0].step == 0].mean()

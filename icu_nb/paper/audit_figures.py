@@ -43,10 +43,10 @@ def _recovered(
     rows = rows.assign(strength=_strength(rows), seed=rows.get("seed", 0))
     by = ["attack", "metric", "seed"]
     ends = rows.pivot_table(index=by, columns="model", values="strength")[[retrained, memorized]]
-    rows = rows.join(ends.set_axis(["low", "high"], axis=1), on=by, lsuffix="_own")
-    gap = rows.high - rows.low
+    rows = rows.join(ends.set_axis(["floor", "ceiling"], axis=1), on=by)
+    gap = rows.ceiling - rows.floor
     power = gap.groupby([rows.attack, rows.metric]).transform("mean") >= _POWER
-    share = ((rows.strength - rows.low) / gap).clip(0, 1)
+    share = ((rows.strength - rows.floor) / gap).clip(0, 1)
     return rows.assign(share=share)[power][["model", "seed", "attack", "metric", "share"]]
 
 
