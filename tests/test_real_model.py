@@ -4,6 +4,7 @@ import json
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,7 +13,7 @@ from icu_nb.errors import InputError
 from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models.loading import load_model
 from icu_nb.models.tiny import memorize, tiny_gpt_neo, train_tokenizer
-from icu_nb.paper import real_model
+from icu_nb.paper import plots, real_model
 from icu_nb.paper.chapter_figures import plot_real_model
 from icu_nb.paper.real_model import run_real_model
 from icu_nb.text import tokenize
@@ -231,3 +232,44 @@ def test_trials_say_how_far_perplexities_rise(tmp_path, capsys):
     real_model._run_trials([3], path, tmp_path / "work", **how)  # they are there
     assert capsys.readouterr().out == ""
     assert len(pd.read_csv(path)) == 2
+
+
+def test_rows_of_the_depth_are_made_from_the_models_that_are_there(made, monkeypatch):
+    path = made / "depth.csv"
+    how = {"settings": SETTINGS, "make_original": make_original}
+    real_model._run_depth([0], path, made / "work", **how)
+    rows = pd.read_csv(path).set_index("model")
+    assert list(rows.index) == ["memorized", "ICU", "gradient ascent", "retrained"]
+    assert rows.depth["memorized"] == 0 and rows.depth["retrained"] == 1
+    assert rows.depth.between(0, 1).all() and rows.depth_above_control.between(0, 1).all()
+    for column in ("losses", "first", "log_p"):  # a value per layer
+        assert rows[column].map(json.loads).str.len().tolist() == [2] * 4
+    assert (rows.ever >= rows["first"].map(json.loads).str[-1]).all()
+    assert rows.ever["memorized"] > rows.ever["retrained"]
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(real_model, "_measure_depth", fail)
+    monkeypatch.setattr(real_model, "_measure_lens", fail)
+    real_model._run_depth([0], path, made / "work", **how)
+    assert path.read_bytes() == before
+    path.unlink()  # what was measured is kept
+    real_model._run_depth([0], path, made / "work", **how)
+    assert path.read_bytes() == before
+    with pytest.raises(InputError, match=r"`work`: .* is not there. Run `python -m icu_nb\..*_model 5`"):
+        real_model._load_again("ICU", real_model._Seed(5, SETTINGS, made / "work", make_original))
+
+
+def test_the_picture_of_the_depth_has_a_bar_for_each_model(made):
+    if not (made / "depth.csv").exists():
+        real_model._run_depth([0], made / "depth.csv", made / "work", SETTINGS, make_original)
+    rows = pd.read_csv(made / "depth.csv")
+    fig = plots._plot_depth(pd.concat([rows, rows.assign(seed=1)]))
+    left, right = fig.axes
+    assert [line.get_label() for line in left.lines] == rows.model.tolist()
+    assert left.lines[0].get_ydata() == pytest.approx(json.loads(rows["first"][0]))
+    widths = np.array([patch.get_width() for patch in right.patches]).reshape(4, 3)
+    assert widths.sum(1) == pytest.approx(1) and (widths[:, :2].sum(1) == pytest.approx(rows.ever))
+    plt.close(fig)

@@ -8,7 +8,7 @@ __all__ = ['memorization_measures', 'round_to_nearest', 'quantize', 'relearn', '
 # %% ../../nbs/library/evals/audit.ipynb #fa4eff38
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import require, require_number
+from .depth import unlearning_depth
 from .extraction import PROMPTS, best_of, extract, extract_secrets, extraction_strength
 from icu_nb.evals.membership import (
     MIN_TEXTS,
@@ -29,7 +30,7 @@ from icu_nb.evals.membership import (
     priv_leak_interval,
     usable_length,
 )
-from ..metrics import memorization_scores
+from ..metrics import memorization_accuracy, memorization_scores
 from ..models.loading import merge_lora
 from ..models.tiny import make_train_step
 from ..plumbing import require_package
@@ -65,17 +66,14 @@ def quantize(
     model: "PreTrainedModel | PeftModel",  # a causal LM, with or without an adapter; it is not changed
     bits: int,  # 8 or 4
 ) -> "PreTrainedModel":  # a copy
-    "A copy whose linear layers, but for the output head, are rounded to nearest; an adapter is merged first."
+    "A copy with every matrix rounded to nearest, embeddings and head too; an adapter is merged first."
     rounded = merge_lora(copy.deepcopy(model))
-    head = rounded.get_output_embeddings()
+    kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+    layers = [layer for layer in rounded.modules() if isinstance(layer, kinds)]
     with torch.no_grad():
-        for layer in rounded.modules():
-            if layer is head:
-                continue
-            if isinstance(layer, Conv1D):  # GPT-2 keeps its matrices the other way round
-                layer.weight.copy_(round_to_nearest(layer.weight.T, bits).T)
-            elif isinstance(layer, torch.nn.Linear):
-                layer.weight.copy_(round_to_nearest(layer.weight, bits))
+        for layer in {id(layer.weight): layer for layer in layers}.values():  # a tied head once
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # GPT-2's are transposed
+            weight.copy_(round_to_nearest(weight, bits))
     return rounded
 
 # %% ../../nbs/library/evals/audit.ipynb #434a0ae4
@@ -90,15 +88,15 @@ def relearn(
     batch_size: int = 8,  # texts per step
     max_length: int | None = None,  # longer texts are cut
     seed: int = 0,  # of the order of the texts
-) -> pd.DataFrame:  # a row per watched text and measured step: step, id, MA, EL, ES
-    "Fine-tune a copy, and watch other texts return."
+) -> pd.DataFrame:  # a row per watched text and measured step: step, id, MA, ES
+    "Fine-tune all weights of a copy, and watch texts return; an adapter is merged first."
     require(
         len(measure_at) > 0 and min(measure_at) >= 0,
         "measure_at",
         f"{measure_at!r} holds no step",
         "Give at least one, from 0",
     )
-    model = copy.deepcopy(model).float()
+    model = merge_lora(copy.deepcopy(model)).float().requires_grad_(True)
     steps = max(measure_at)
     length = usable_length(model, max_length)
     shown = tokenize(check_texts(texts, "texts"), tokenizer, length)
@@ -112,7 +110,8 @@ def relearn(
         if step:
             train_step(shown[order[(step - 1) * batch_size : step * batch_size]])
         if step in measure_at:
-            measures = memorization_measures(model, measured)
+            accuracy, strength = memorization_accuracy(model, measured), extraction_strength(model, measured)
+            measures = {"MA": accuracy.numpy(), "ES": strength.numpy()}
             tables.append(pd.DataFrame({"step": step, "id": range(len(measured)), **measures}))
     return pd.concat(tables, ignore_index=True)
 
@@ -158,7 +157,10 @@ class _Case:
     forget: list[str]  # what it should have forgotten
     heldout: list[str]  # the same kind of text, never trained on
     retrained: "PreTrainedModel | PeftModel | None"  # a model that never saw `forget`
+    memorized: "PreTrainedModel | PeftModel | None"  # the model before unlearning
     unrelated: list[str] | None  # text of another kind, for relearning
+    secrets: Sequence[Sequence[str]] | None  # strings in each forget text
+    control: tuple[list[str], Sequence[Sequence[str]]] | None  # texts that may be known, and theirs
     secret_prompts: list[tuple[str, str]] | None  # prompts in other words, and the secrets behind them
     max_length: int | None  # longer texts are cut
     seed: int  # of samples, of bootstraps and of which texts are shown again
@@ -245,27 +247,30 @@ def _forget_quality_rows(case: _Case) -> list[dict]:
     return [_row("forget quality", "KS gap", n, gap), _row("forget quality", "KS p-value", n, p)]
 
 
+_RELEARNING_STEPS = (4, 8, 16, 24)
+
+
 def _relearning_rows(case: _Case) -> list[dict]:
-    "What of three quarters returns after fine-tuning on the other quarter, and on unrelated text."
+    "What of three quarters returns by fine-tuning on them, on the other quarter, and on other texts."
     order = np.random.default_rng(case.seed).permutation(len(case.forget))
     quarter = max(1, len(order) // 4)
-    sources = {"some forget texts": [case.forget[i] for i in order[:quarter]]}
-    if case.unrelated:
-        sources["unrelated text"] = case.unrelated
     watched = [case.forget[i] for i in order[quarter:]]
+    sources = {
+        "the same texts": watched,
+        "some forget texts": [case.forget[i] for i in order[:quarter]],
+        "held-out texts": case.heldout,
+        "unrelated text": case.unrelated,
+    }
+    options: dict = {"measure_at": _RELEARNING_STEPS, "max_length": case.max_length, "seed": case.seed}
     measures = {}
     for source, texts in sources.items():
-        table = relearn(
-            case.model,
-            case.tokenizer,
-            texts,
-            watched,
-            measure_at=(24,),
-            max_length=case.max_length,
-            seed=case.seed,
-        )
-        for measure in ("MA", "EL", "ES"):
-            measures[f"{source}: {measure}"] = table[measure]
+        if not texts:
+            continue
+        table = relearn(case.model, case.tokenizer, texts, watched, **options)
+        for step, found in table.groupby("step"):
+            when = "" if step == max(_RELEARNING_STEPS) else f" at step {step}"
+            for measure in ("MA", "ES"):
+                measures[f"{source}: {measure}{when}"] = found[measure]
     return case.mean_rows("relearning", measures)
 
 
@@ -277,6 +282,27 @@ def _quantization_rows(case: _Case) -> list[dict]:
             measures[f"int{bits}: {name}"] = values
     return case.mean_rows("quantization", measures)
 
+
+def _depth_rows(case: _Case) -> list[dict]:
+    "How far down the secrets are gone; nothing where a model or the secrets are not at hand."
+    if case.memorized is None or case.retrained is None or case.secrets is None:
+        return []
+    table = unlearning_depth(
+        {"unlearned": case.model},
+        case.memorized,
+        case.retrained,
+        case.tokenizer,
+        case.forget,
+        case.secrets,
+        control=case.control,
+        max_length=case.max_length,
+    )
+    columns = {"depth": "UDS"}
+    if case.control is not None:
+        columns = {"depth_above_control": "UDS above control"}
+    measured = {metric: table[column].dropna() for column, metric in columns.items()}
+    return case.mean_rows("depth", {metric: values for metric, values in measured.items() if len(values)})
+
 # %% ../../nbs/library/evals/audit.ipynb #5d5dc7f1
 _ATTACKS: dict[str, Callable[[_Case], list[dict]]] = {
     "memorization": _memorization_rows,
@@ -286,7 +312,24 @@ _ATTACKS: dict[str, Callable[[_Case], list[dict]]] = {
     "forget quality": _forget_quality_rows,
     "relearning": _relearning_rows,
     "quantization": _quantization_rows,
+    "depth": _depth_rows,
 }
+
+
+def _check_attacks(case: _Case, attacks: Sequence[str] | None) -> Sequence[str]:
+    "The attacks by name, or one clear error before anything runs."
+    if attacks is None:
+        return list(_ATTACKS)
+    unknown = [name for name in attacks if name not in _ATTACKS]
+    require(not unknown, "attacks", f"{unknown} are not known", f"Known: {', '.join(_ATTACKS)}")
+    for name in ("memorized", "retrained", "secrets"):
+        require(
+            "depth" not in attacks or getattr(case, name) is not None,
+            name,
+            "the depth cannot be measured without it",
+            "Give memorized and retrained model and the secrets in each forget text, or leave depth out",
+        )
+    return attacks
 
 
 def audit(
@@ -297,7 +340,11 @@ def audit(
     # a model with the same tokenizer that never saw `forget`: what the others are compared with
     retrained: "PreTrainedModel | PeftModel | None" = None,
     *,
-    attacks: Sequence[str] = tuple(_ATTACKS),  # which attacks; by default all seven
+    attacks: Sequence[str] | None = None,  # which attacks; None: all for which everything is at hand
+    memorized: "PreTrainedModel | PeftModel | None" = None,  # the model before unlearning, for the depth
+    secrets: Sequence[Sequence[str]] | None = None,  # strings in each forget text, for the depth
+    # texts that both these models know, and the strings in them: see `unlearning_depth`
+    control: tuple[list[str], Sequence[Sequence[str]]] | None = None,
     unrelated: list[str] | None = None,  # text of another kind, for relearning
     # prompts in other words and the secrets behind them, for extraction
     secret_prompts: list[tuple[str, str]] | None = None,
@@ -307,8 +354,6 @@ def audit(
     pd.DataFrame
 ):  # a row per measurement: attack, metric, value, low, high (95 %, where there is one), n (texts)
     "What an attacker still gets of the forget texts."
-    unknown = [name for name in attacks if name not in _ATTACKS]
-    require(not unknown, "attacks", f"{unknown} are not known", f"Known: {', '.join(_ATTACKS)}")
     forget = check_texts(forget, "forget")
     heldout = check_texts(heldout, "heldout")
     for name, texts in (("forget", forget), ("heldout", heldout)):
@@ -324,10 +369,17 @@ def audit(
         forget=forget,
         heldout=heldout,
         retrained=retrained,
+        memorized=memorized,
         unrelated=unrelated,
+        secrets=secrets,
+        control=control,
         secret_prompts=secret_prompts,
-        max_length=usable_length(model, max_length),
+        max_length=max_length,
         seed=seed,
     )
-    rows = [row for name in attacks for row in _ATTACKS[name](case)]
+    attacks = _check_attacks(case, attacks)
+    case = replace(case, max_length=usable_length(model, max_length))
+    first = sorted(attacks, key="depth".__ne__)  # its texts and models are checked before anything else runs
+    found = {name: _ATTACKS[name](case) for name in first}
+    rows = [row for name in attacks for row in found[name]]
     return pd.DataFrame(rows, columns=["attack", "metric", "value", "low", "high", "n"])

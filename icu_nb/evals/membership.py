@@ -9,7 +9,8 @@ __all__ = ['MIN_TEXTS', 'usable_length', 'membership_scores', 'auc', 'roc', 'boo
 # %% ../../nbs/library/evals/membership.ipynb #09d00004
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class _Evidence:
     tokens: list[np.ndarray]  # n arrays [3, L-1] from `_token_statistics`
     compressed: np.ndarray  # [n]: bytes after zlib
     reference: list[np.ndarray] | None = None  # the same as `tokens`, from a reference model
-    gradient: np.ndarray | None = None  # [n]: the norm of the gradient of the mean NLL
+    gradient: np.ndarray | None = None  # [n]: the gradient of the mean NLL, mean norm over weight tensors
 
 
 def usable_length(
@@ -83,27 +84,41 @@ def _token_evidence(
         return in_batches(measure, sequences.lengths.tolist(), batch_size, model)
 
 
+@contextmanager
+def _all_weights(
+    model: "PreTrainedModel | PeftModel",  # a causal LM
+) -> Iterator[list[torch.nn.Parameter]]:
+    "Inside, frozen weights have gradients, too: the attacker has them all."
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    frozen = [p for p in weights if not p.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield weights
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    "L2, in fp32 at least."
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm()
+
+
 def _gradient_norms(
     model: "PreTrainedModel | PeftModel",  # a causal LM
     sequences: Sequences,  # n texts, as tokens
 ) -> np.ndarray:  # [n]
-    "How strongly each text pulls at the weights; no gradient is left behind."
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    require(
-        len(parameters) > 0,
-        "model",
-        "no weight can train, so there is no gradient",
-        'Call model.requires_grad_(True), or leave "gradient norm" out',
-    )
+    "How strongly each text pulls at the weights, tensor by tensor; no gradient is left behind."
 
     def measure(row: list[int]) -> list[float]:
         batch = sequences[row].to(model.device)
         loss = mean_token_nll(model(**batch.inputs, use_cache=False).logits, **batch.inputs)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()]
+        return [torch.stack([_norm(g) for g in gradients if g is not None]).mean().item()]
 
     one_by_one = [[row] for row in range(len(sequences))]
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad(), _all_weights(model) as parameters:
         return np.array(in_batches(measure, sequences.lengths.tolist(), 1, model, one_by_one))
 
 # %% ../../nbs/library/evals/membership.ipynb #09d00014

@@ -17,8 +17,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..errors import ICUError, InputError, require
+from .audit_figures import plot_audit, plot_logit_lens
 from .benchmark_figures import BENCHMARK_FIGURES
-from .chapter_figures import plot_audit, plot_baselines, plot_quickstart, plot_real_model
+from .chapter_figures import plot_baselines, plot_quickstart, plot_real_model
 from .drawing import alt_text
 from .figures import FIGURES
 from .rows import read_csv, read_rows
@@ -31,12 +32,21 @@ def _plot_tokens(stored: dict) -> Figure:
     return TokenPicture(stored["tokens"], stored["runs"]).draw()
 
 
+def _plot_depth(rows: pd.DataFrame) -> Figure:
+    "The logit lens of the real models, on average over the seeds."
+    first = pd.DataFrame(rows["first"].map(json.loads).tolist(), index=rows.model)
+    means = first.assign(ever=rows.ever.tolist()).groupby("model", sort=False).mean()
+    lists = means.drop(columns="ever").to_numpy().tolist()
+    return plot_logit_lens(pd.DataFrame({"model": means.index, "first": lists, "ever": means.ever.tolist()}))
+
+
 _STORED = {  # figures of single notebooks: their file, and what draws it
     "quickstart": ("quickstart_example.json", plot_quickstart),
     "tokens": ("tokens.json", _plot_tokens),
     "baselines": ("baselines.csv", plot_baselines),
     "audit": ("audit.csv", plot_audit),
     "real_model": ("real_model.csv", plot_real_model),
+    "real_depth": ("real_depth.csv", _plot_depth),
     **{name: ("bench.csv", draw) for name, draw in BENCHMARK_FIGURES.items()},
 }
 

@@ -25,7 +25,9 @@ from ..config import ICUConfig
 from ..data.benchmarks import BENCHMARKS
 from ..data.corpus import Corpus
 from ..data.people import people_corpus
-from ..errors import InputError
+from ..errors import InputError, require
+from ..evals.depth import logit_lens, unlearning_depth
+from ..evals.people_questions import personal_facts
 from ..evals.tasks import evaluate_tasks
 from ..iur import Thresholds, calibrate_thresholds
 from ..language_model import generate_continuations
@@ -474,6 +476,82 @@ def _run_trials(
                 row = {"seed": seed, "model": name, **changes, "settings": of.settings.of(name)}
                 put_row({**row, **_measure_trial(name, of)}, path, ("seed", "model", "settings"))
 
+# %% ../../nbs/library/paper/real_model.ipynb #3b903a0c
+_DEPTH_MODELS = ("memorized", "ICU", "gradient ascent", "retrained")
+
+
+def _load_again(name: str, of: _Seed) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    "A model of a stored row."
+    if name in _ORIGINALS:
+        return of.original(name)[:2]
+    folder = of.folder(name) / "model"
+    make = f"Run `python -m icu_nb.paper.real_model {of.seed}` first"
+    require(folder.exists(), "work", f"{folder} is not there", make)
+    return load_model(folder)
+
+
+def _measure_depth(of: _Seed) -> dict[str, dict[str, Any]]:  # model -> columns
+    "UDS of every model, and what a patch of each layer loses."
+    models = {}
+    for name in _DEPTH_MODELS:
+        models[name], tokenizer = _load_again(name, of)
+    forget = of.corpus.forget
+    control = of.corpus.retain[: len(forget)]
+    with Arithmetic.of(models["memorized"]).autocast():
+        table = unlearning_depth(
+            models,
+            models["memorized"],
+            models["retrained"],
+            tokenizer,
+            forget,
+            personal_facts(forget),
+            control=(control, personal_facts(control)),
+            max_length=of.settings.max_length,
+            batch_size=of.settings.eval_batch_size,
+        )
+    found = {}
+    for name, own in table.groupby("model"):
+        facts: dict[str, Any] = {"n": int(own.depth.count())}
+        for column in ("depth", "depth_above_control"):
+            facts |= {column: own[column].mean(), f"{column}_se": _standard_error(own[column].dropna())}
+        layers = own.drop(columns=["model", "text", "depth", "depth_above_control"])
+        found[name] = facts | {"losses": layers.mean().tolist()}
+    return found
+
+
+def _measure_lens(name: str, of: _Seed) -> dict[str, Any]:
+    "Which share of the secrets' tokens each layer ranks first, and any of them."
+    model, tokenizer = _load_again(name, of)
+    forget = of.corpus.forget
+    sizes: Any = {"max_length": of.settings.max_length, "batch_size": of.settings.eval_batch_size}
+    with Arithmetic.of(model).autocast():
+        table = logit_lens(model, tokenizer, forget, personal_facts(forget), **sizes)
+    first = table["rank"] == 1
+    ever = first.groupby([table.text, table.place]).any().mean()
+    by_layer = {"first": first, "log_p": table.log_p}
+    means = {column: values.groupby(table.layer).mean().tolist() for column, values in by_layer.items()}
+    return {**means, "ever": float(ever)}
+
+
+def _run_depth(
+    seeds: Iterable[int],  # whose models are there
+    path: Path,  # the rows
+    work: Path,  # unlearned models, and what is measured
+    settings: _Settings = _Settings(),
+    make_original: Callable = _make_original,  # see `run_real_model`
+) -> None:
+    "Make the rows of the depth that are not there yet."
+    for seed in seeds:
+        of = _Seed(seed, settings, work, make_original)
+        for name in _DEPTH_MODELS:
+            if _find(path, of, name) is None:
+                print(f"seed {seed}, {name}", flush=True)
+                lens = _Stages(of.folder(name)).once("logit lens", partial(_measure_lens, name, of))
+                depth = _Stages(of.folder("ICU")).once("depth", partial(_measure_depth, of))[name]
+                row = {"seed": seed, "model": name, "settings": settings.of(name), **depth, **lens}
+                lists = {column: json.dumps(row[column]) for column in ("losses", "first", "log_p")}
+                put_row(row | lists, path, ("model", "seed"))
+
 # %% ../../nbs/library/paper/real_model.ipynb #86590c22
 def _main() -> int:
     "`python -m icu_nb.paper.real_model`: see --help."
@@ -482,7 +560,10 @@ def _main() -> int:
     )
     parser.add_argument("seeds", nargs="*", type=int, help="which ones (default: 0 1; of trials: 100)")
     parser.add_argument("--trials", action="store_true", help="the rows by which settings are chosen")
-    rows = "where the rows go (default: figures/data/real_model.csv or real_model_trials.csv)"
+    parser.add_argument(
+        "--depth", action="store_true", help="the rows of the depth, of models that are there"
+    )
+    rows = "where the rows go (default: figures/data/real_model.csv, real_model_trials.csv or real_depth.csv)"
     parser.add_argument("--rows", metavar="FILE", type=Path, help=rows)
     work = "where models and unfinished rows are kept (default: runs/real_model)"
     parser.add_argument("--work", metavar="DIR", type=Path, default=Path("runs/real_model"), help=work)
@@ -491,6 +572,8 @@ def _main() -> int:
     stored = Path("figures/data")
     if args.trials:
         _run_trials(args.seeds or [100], args.rows or stored / "real_model_trials.csv", args.work)
+    elif args.depth:
+        _run_depth(args.seeds or [0, 1], args.rows or stored / "real_depth.csv", args.work)
     else:
         path = args.rows or stored / "real_model.csv"
         run_real_model(args.seeds or [0, 1], path, args.work, data_dir=args.data_dir)
