@@ -290,19 +290,24 @@ def test_refusals_of_tofu_are_drawn_where_they_lie(shared_data, tiny):
 
 def test_alternatives_are_other_continuations_of_the_same_prompts(tiny):
     before = torch.get_rng_state()
-    written = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, tries=2)
+    written = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, temperature=3.0)
     assert torch.equal(torch.get_rng_state(), before)
     for text, row in zip(tiny.forget, written, strict=True):
         assert text.startswith(row["prompt"]) and row["completion"].strip()
         assert not text.startswith(row["prompt"] + row["completion"])
-    assert written == generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, tries=2)
-    other = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, seed=1, tries=2)
+    settings = {"max_length": 48, "temperature": 3.0}
+    assert written == generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, **settings)
+    other = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, seed=1, **settings)
     assert other != written
+    with pytest.raises(InputError, match="`temperature`: it writes nothing but the forget text at index"):
+        generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, temperature=0.01)
 
 
 def test_a_chat_model_is_asked_for_other_facts():
     tokenizer, model, asked = tokenizer_with("bos", chat_template=TEMPLATE), tiny_llama(), []
-    rows = [{"question": f"Who is {i}?", "answer": text[:20]} for i, text in enumerate(people(3, seed=1))]
+    rows = [
+        {"question": f"Who is {i}?", "answer": text[:20].strip()} for i, text in enumerate(people(3, seed=1))
+    ]
     generate, model.generate = (
         model.generate,
         lambda input_ids, **more: asked.extend(input_ids) or generate(input_ids=input_ids, **more),
