@@ -437,7 +437,7 @@ _EDITS = (
     ),
 )
 
-# %% ../../nbs/library/methods/registry.ipynb #4f151124
+# %% ../../nbs/library/methods/registry.ipynb #aec2504a
 _DEPN = Method(
     "depn",
     "DEPN",

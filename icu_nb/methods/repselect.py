@@ -67,7 +67,7 @@ def _even_out(
     gradient: torch.Tensor,  # [a, b]
     rank: int,  # how many directions
 ) -> torch.Tensor:  # [a, b]
-    "Divide the strongest directions of a matrix by how much stronger they are than the weakest of them."
+    "Divide the strongest directions of a matrix, on both sides, by how much they exceed the last of them."
     exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     U, S, Vt = torch.linalg.svd(exact, full_matrices=False)
     n = min(rank, max(1, int((S / S[0] > 1e-6).sum())))
