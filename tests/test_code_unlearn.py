@@ -25,6 +25,7 @@ from icu_nb.methods.code_unlearn import (
     train_codebook,
 )
 from icu_nb.methods.registry import get_method
+from icu_nb.models.loading import load_model
 from icu_nb.models.tiny import tiny_gpt_neo
 from icu_nb.text import tokenize
 
@@ -395,6 +396,18 @@ def test_saved_and_loaded(tiny, model, codebook, tmp_path):
     assert all_equal(logits(fresh, tiny), logits(model, tiny))
     codebook.save(tmp_path / "codes")  # once more, onto itself
     assert [path.name for path in tmp_path.iterdir()] == ["codes"]
+
+
+def test_a_saved_model_comes_back_without_its_codebook(tiny, model, codebook, tmp_path):
+    """The notebook says so: transformers leaves the codebook's weights in the file alone."""
+    codebook.remove([0])
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model")
+    assert all_equal(logits(loaded.cpu(), tiny), logits(tiny.model, tiny))
+    codebook.save(tmp_path / "codes")
+    Codebook.load(tmp_path / "codes", loaded)
+    assert all_equal(logits(loaded, tiny), logits(model, tiny))
 
 
 def refused(call, *words):
