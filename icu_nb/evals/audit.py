@@ -379,7 +379,8 @@ def audit(
     )
     attacks = _check_attacks(case, attacks)
     case = replace(case, max_length=usable_length(model, max_length))
-    first = sorted(attacks, key="depth".__ne__)  # its texts and models are checked before anything else runs
-    found = {name: _ATTACKS[name](case) for name in first}
+    # Depth first: its models and secrets are checked before anything else runs.
+    order = sorted(attacks, key=lambda name: name != "depth")
+    found = {name: _ATTACKS[name](case) for name in order}
     rows = [row for name in attacks for row in found[name]]
     return pd.DataFrame(rows, columns=["attack", "metric", "value", "low", "high", "n"])

@@ -61,9 +61,10 @@ def _check_secrets(
         "Give one list per text",
     )
     for i, (text, own) in enumerate(zip(texts, secrets, strict=True)):
-        absent = [secret for secret in own if not secret or secret not in text]
+        absent = [k for k, secret in enumerate(own) if not secret or secret not in text]  # no log needs them
         require(len(own) > 0, argument, f"text {i} has none", "Name one in each text, or leave the text out")
-        require(not absent, argument, f"text {i} does not hold {absent}", "Write them as they stand there")
+        problem = f"text {i} does not hold strings {absent} of its list"
+        require(not absent, argument, problem, "Write them as they stand in the text")
 
 
 def _find_secrets(
@@ -85,7 +86,7 @@ def _find_secrets(
     places = []
     for text, own in zip(texts, secrets, strict=True):
         spans = _spans(text, own)
-        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][:max_length]
+        offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"][:max_length]
         inside = [any(a < end and b > begin for begin, end in spans) for a, b in offsets]
         places.append([t - 1 for t in range(1, len(inside)) if inside[t]])
     empty = [i for i, row in enumerate(places) if not row]
