@@ -166,7 +166,9 @@ def generate_alternatives(
     silent = [i for i, answer in enumerate(answers) if not answer.strip()]
     problem = f"the model says nothing at index {silent[:5]}"
     require(not silent, "model", problem, "Raise `tries` or `temperature`, or write these alternatives")
-    same = [i for i, (other, truth) in enumerate(zip(best, truths, strict=True)) if other == truth[: len(other)]]
+    same = [
+        i for i, (other, truth) in enumerate(zip(best, truths, strict=True)) if other == truth[: len(other)]
+    ]
     problem = f"it writes nothing but the forget text at index {same[:5]}"
     require(not same, "temperature", problem, "Raise it, or `tries`, or write these alternatives")
     return [_answered(*three) for three in zip(rows, fronts, answers, strict=True)]
