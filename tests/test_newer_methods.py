@@ -173,7 +173,7 @@ def test_a_rule_in_pieces_is_the_rule(tiny, rule):
 @pytest.mark.parametrize("rule", [SAM(), GRU()], ids=str)
 def test_a_rule_leaves_alone_what_does_not_train(tiny, rule):
     model = add_lora(tiny.copy(), 4)
-    run(tiny, model=model, step_rule=rule, max_epochs=2)
+    run(tiny, model=model, step_rule=rule, max_epochs=1)
     with model.disable_adapter(), torch.no_grad():
         ids = tiny.sequences.input_ids
         assert torch.equal(model(ids).logits, tiny.model(ids).logits)
@@ -289,18 +289,17 @@ def test_refusals_of_tofu_are_drawn_where_they_lie(shared_data, tiny):
 
 
 def test_alternatives_are_other_continuations_of_the_same_prompts(tiny):
+    options = {"max_length": 48, "temperature": 2.0}
     before = torch.get_rng_state()
-    written = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, temperature=3.0)
+    written = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, **options)
     assert torch.equal(torch.get_rng_state(), before)
     for text, row in zip(tiny.forget, written, strict=True):
         assert text.startswith(row["prompt"]) and row["completion"].strip()
         assert not text.startswith(row["prompt"] + row["completion"])
-    settings = {"max_length": 48, "temperature": 3.0}
-    assert written == generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, **settings)
-    other = generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, seed=1, **settings)
-    assert other != written
-    with pytest.raises(InputError, match="`temperature`: it writes nothing but the forget text at index"):
-        generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, temperature=0.01)
+    assert written == generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, **options)
+    assert written != generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, seed=1, **options)
+    with pytest.raises(InputError, match="`model`: the model says nothing, or recites the text, at index"):
+        generate_alternatives(tiny.model, tiny.tokenizer, tiny.forget, max_length=48, tries=1)
 
 
 def test_a_chat_model_is_asked_for_other_facts():
@@ -314,8 +313,9 @@ def test_a_chat_model_is_asked_for_other_facts():
     )
     written = generate_alternatives(model, tokenizer, rows, instruction="Make up another one.", tries=1)
     texts = tokenizer.batch_decode(asked, skip_special_tokens=True)
-    for row, text, other in zip(rows, texts, written, strict=True):
-        assert row["question"] in text and row["answer"] in text and "Make up another one." in text
+    for row, other in zip(rows, written, strict=True):
+        (text,) = [one for one in texts if row["question"] in one]
+        assert row["answer"].strip() in text and "Make up another one." in text
         assert other["question"] == row["question"] and "Make up" not in other["answer"]
     with pytest.raises(InputError, match="`instruction`: the forget texts have no prompts"):
         generate_alternatives(model, tokenizer, ["A text."], instruction="Another one.")

@@ -88,7 +88,9 @@ def _prompt(sequences: Sequences, i: int) -> list[int]:
 
 # %% ../../nbs/library/methods/alternatives.ipynb #3e7dceb2
 def _shared(tokens: list[int], truth: list[int]) -> float:
-    "The share of a continuation's pairs of neighboring tokens that the true one has, too."
+    "The share of a continuation's pairs of neighboring tokens that the true one has, too; of nothing 1."
+    if not tokens:
+        return 1.0
     pairs = list(itertools.pairwise(tokens))
     return len(set(pairs) & set(itertools.pairwise(truth))) / max(len(set(pairs)), 1)
 
@@ -122,10 +124,24 @@ def _asked(
 
 
 def _less_like(one: list[int], other: list[int], truth: list[int]) -> list[int]:
-    "Of two continuations the one that shares less with the true one; an empty one never."
-    if one and (not other or _shared(one, truth) <= _shared(other, truth)):
-        return one
-    return other
+    "Of two continuations the one that shares less with the true one."
+    return one if _shared(one, truth) <= _shared(other, truth) else other
+
+# %% ../../nbs/library/methods/alternatives.ipynb #ad33a636
+def _lengths(asked: list[list[int]], truths: list[list[int]], has_ends: bool, context: float) -> list[int]:
+    "How many tokens to write: as many as the true ones; twice as many where an answer ends by itself."
+    lengths = []
+    for prompt, truth in zip(asked, truths, strict=True):
+        wanted = 2 * len(truth) if has_ends else len(truth)
+        lengths.append(int(max(1, min(wanted, context - len(prompt)))))
+    return lengths
+
+
+def _decoded(tokenizer, prompts: list[list[int]], found: list[list[int]]) -> tuple[list[str], list[str]]:
+    "Prompts and continuations as strings that can be joined as they stand."
+    fronts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    wholes = [tokenizer.decode(a + b, skip_special_tokens=True) for a, b in zip(prompts, found, strict=True)]
+    return fronts, [whole[len(front) :] for whole, front in zip(wholes, fronts, strict=True)]
 
 
 def generate_alternatives(
@@ -134,8 +150,9 @@ def generate_alternatives(
     forget: Any,  # see `unlearn`
     *,
     instruction: str | None = None,  # asks a chat model for other facts; None: the prompts are continued
-    tries: int = 5,  # continuations per prompt, of which one is kept
-    temperature: float = 1.0,  # higher: less like what the model knows best
+    tries: int = 5,  # continuations per prompt at most, each hotter than the one before
+    temperature: float = 1.0,  # of the first try
+    max_overlap: float = 0.5,  # a continuation that shares more with the true one is passed over
     max_length: int | None = None,  # the run's: a longer text is cut there before it is halved
     batch_size: int = 32,  # prompts at a time
     seed: int = 0,  # of the draws
@@ -146,29 +163,22 @@ def generate_alternatives(
     rows, sequences = _read(forget, tokenizer, max_length)
     asked, ends = _asked(rows, sequences, tokenizer, instruction)
     truths = [row[int(n) :].tolist() for row, n in zip(sequences.rows, sequences.prompt_lengths, strict=True)]
-    lengths = []
-    for prompt, truth in zip(asked, truths, strict=True):
-        wanted = 2 * len(truth) if ends else len(truth)  # an answer ends by itself
-        lengths.append(int(max(1, min(wanted, context_length(model) - len(prompt)))))
+    lengths = _lengths(asked, truths, bool(ends), context_length(model))
     padding = pad_id(tokenizer)
     options: dict[str, Any] = {"pad_token_id": padding, "end_tokens": ends, "batch_size": batch_size}
-    best: list[list[int]] = [[] for _ in rows]
+    found: list[list[int]] = [[] for _ in rows]
+    left = list(range(len(rows)))
     with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for _ in range(tries):
-            drawn = generate_continuations(
-                model, asked, lengths, sampling={"temperature": temperature}, **options
-            )
-            best = [_less_like(*three) for three in zip(best, drawn, truths, strict=True)]
-    wholes = [tokenizer.decode(a + b, skip_special_tokens=True) for a, b in zip(asked, best, strict=True)]
-    fronts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in asked]
-    answers = [whole[len(front) :] for whole, front in zip(wholes, fronts, strict=True)]
-    silent = [i for i, answer in enumerate(answers) if not answer.strip()]
-    problem = f"the model says nothing at index {silent[:5]}"
-    require(not silent, "model", problem, "Raise `tries` or `temperature`, or write these alternatives")
-    same = [
-        i for i, (other, truth) in enumerate(zip(best, truths, strict=True)) if other == truth[: len(other)]
-    ]
-    problem = f"it writes nothing but the forget text at index {same[:5]}"
-    require(not same, "temperature", problem, "Raise it, or `tries`, or write these alternatives")
+        for number in range(tries):
+            sampling = {"temperature": temperature * (1 + number / 2)}
+            these = [asked[i] for i in left], [lengths[i] for i in left]
+            drawn = generate_continuations(model, *these, sampling=sampling, **options)
+            for i, tokens in zip(left, drawn, strict=True):
+                found[i] = _less_like(found[i], tokens, truths[i])
+            left = [i for i in left if _shared(found[i], truths[i]) > max_overlap]
+    fronts, answers = _decoded(tokenizer, asked, found)
+    bad = [i for i in range(len(rows)) if not answers[i].strip() or found[i] == truths[i][: len(found[i])]]
+    problem = f"the model says nothing, or recites the text, at index {bad[:5]}"
+    require(not bad, "model", problem, "Raise `tries` or `temperature`, or write these alternatives")
     return [_answered(*three) for three in zip(rows, fronts, answers, strict=True)]
