@@ -277,13 +277,13 @@ def edit_neurons(
     *,
     score: str = "integrated gradients",  # or "gradient x activation"
     secrets: Sequence[str] | None = None,  # of each text the passage that is secret; None: all of it
-    n_neurons: int = 20,  # how many neurons; DEPN's
+    n_neurons: int = 20,  # how many neurons are chosen; DEPN's
     ma: float | None = None,  # as few of them as bring the forget texts to this MA; None: all
     noise: float | None = None,  # standard deviation, in that of the neuron's weights; None: zero them
     share: float = 0.1,  # of a text's largest score, for a neuron to count; DEPN's
     steps: int = 20,  # m of integrated gradients; DEPN's
     layers: Sequence[int] | None = None,  # look in these only; None: in all
-    neurons: Sequence[tuple[int, int]] | None = None,  # (layer, unit): edit these, the first ones first
+    neurons: Sequence[tuple[int, int]] | None = None,  # (layer, unit): these instead, the first ones first
     max_length: int = 96,  # longer texts are cut
     seed: int = 0,  # of the noise
 ) -> dict[str, float]:  # neurons (edited), found (in any text), layers (that hold edited ones), seconds
@@ -297,9 +297,9 @@ def edit_neurons(
     if neurons is None:
         scores = _score_texts(model, down, sequences, places, score, steps)
         ranked = _rank_neurons(scores, share, list(down))
+        chosen = ranked[:n_neurons]
     else:
-        ranked = list(neurons)
-    chosen = ranked[:n_neurons]
+        ranked = chosen = list(neurons)
     n = _silence_fewest(model, sequences, ma, down, chosen, noise, seed)
     touched = len({layer for layer, _ in chosen[:n]})
     seconds = time.perf_counter() - began

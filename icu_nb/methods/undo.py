@@ -92,6 +92,7 @@ def _distill(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+    optimizer.zero_grad()
     return losses
 
 
