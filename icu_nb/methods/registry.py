@@ -490,7 +490,7 @@ _LATER_EDITS = (
         name="partial_amnesiac",
         label="partial amnesiac",
         color="#B2ABD2",
-        tuned=_MethodSettings(edit={"top": 0.1}),
+        tuned=_MethodSettings(edit={"top": 0.1, "scale": 2.0}),
         source="arXiv 2403.07611; no public code",
         variant_of="amnesiac",
     ),
