@@ -14,7 +14,7 @@ STORED = Path(__file__).resolve().parents[1] / "figures/data/baselines.csv"
 def test_only_missing_rows_and_changed_settings_are_made(tmp_path, monkeypatch):
     made = []
 
-    def row(name, seed):
+    def row(name, seed, max_epochs):
         made.append((name, seed))
         return {"method": name, "seed": seed, "settings": baselines._settings(name), "ma": 0.5}
 

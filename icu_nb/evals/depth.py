@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import require
 from .membership import usable_length
-from ..language_model import evaluating, in_batches, without_adapter
+from ..language_model import evaluating, in_batches, transformer_layers, without_adapter
 from ..text import Sequences, check_texts, tokenize
 
 if TYPE_CHECKING:
@@ -95,11 +94,6 @@ def _find_secrets(
     return _Secrets(tokenize(texts, tokenizer, max_length), places)
 
 # %% ../../nbs/library/evals/depth.ipynb #f9892238
-def _blocks(model: "PreTrainedModel | PeftModel") -> list[torch.nn.Module]:
-    "The transformer blocks, first to last."
-    return [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
-
-
 @contextmanager
 def _hook(block: torch.nn.Module, change: Callable) -> Iterator[None]:
     "Inside, `change` gets the block's output [B, T, H]; what it returns, if anything, takes its place."
@@ -141,7 +135,7 @@ class _Batch:
             caught.append(states[self.rows, self.columns])
 
         with ExitStack() as hooks:
-            for block in _blocks(model):
+            for block in transformer_layers(model):
                 hooks.enter_context(_hook(block, keep))
             model(**self.texts.inputs, use_cache=False)
         return caught
@@ -159,7 +153,7 @@ class _Batch:
             new[self.rows, self.columns] = states.to(old)
             return new
 
-        with _hook(_blocks(model)[layer], replace):
+        with _hook(transformer_layers(model)[layer], replace):
             return self.log_probs(model)
 
     def by_text(self, values: torch.Tensor) -> list[np.ndarray]:
@@ -206,7 +200,7 @@ def _kind(model: "PreTrainedModel | PeftModel") -> str:
     "What two models must have in common to be patched into each other."
     tokens, width = model.get_input_embeddings().weight.shape
     name = type(without_adapter(model)).__name__
-    return f"a {name} of {len(_blocks(model))} layers, width {width} and {tokens} tokens"
+    return f"a {name} of {len(transformer_layers(model))} layers, width {width} and {tokens} tokens"
 
 
 def _check_models(
@@ -234,7 +228,7 @@ def _check_layers(
     layers: Iterable[int] | None,  # None: all
 ) -> list[int]:
     "The layers by number, or one clear error that lists what is there."
-    n = len(_blocks(model))
+    n = len(transformer_layers(model))
     require(n > 0, "model", f"{type(model).__name__} has no blocks that are known", "Give a transformer")
     chosen = list(range(n)) if layers is None else list(layers)
     absent = [layer for layer in chosen if layer not in range(n)]

@@ -24,10 +24,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import InputError, first_line, require, require_number
-from ..language_model import context_length, evaluating, mean_token_nll, weights_digest
+from icu_nb.language_model import (
+    context_length,
+    evaluating,
+    mean_token_nll,
+    transformer_layers,
+    weights_digest,
+)
 from ..models.tiny import train_once
 from ..plumbing import atomic_path, require_package, write_json
 from ..text import Sequences, check_texts, tokenize
@@ -45,7 +50,7 @@ def _places(
     part: str,  # attention, mlp or layer
 ) -> dict[int, torch.nn.Module]:  # by layer, counted from 0
     "The modules whose output a codebook can stand behind."
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = transformer_layers(model)
     if part == "layer":
         return dict(enumerate(layers))
     found: dict[int, torch.nn.Module] = {}

@@ -12,11 +12,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import require
-from ..language_model import context_length
+from ..language_model import context_length, transformer_layers
 from ..metrics import memorization_accuracy
 from ..models.tiny import memorize
 from ..text import Sequences, check_texts, tokenize
@@ -134,14 +133,13 @@ def mlp_matrices(
     "The linear layers of every layer's MLP."
     names = {module: name for name, module in model.named_modules()}
     found = []
-    for layer in names:
-        if isinstance(layer, GradientCheckpointingLayer):
-            linear = [
-                module
-                for name, module in layer.named_modules()
-                if isinstance(module, (torch.nn.Linear, Conv1D)) and not re.search("att|mixer", name)
-            ]
-            found.append({names[module]: module for module in linear})
+    for layer in transformer_layers(model):
+        linear = [
+            module
+            for name, module in layer.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and not re.search("att|mixer", name)
+        ]
+        found.append({names[module]: module for module in linear})
     require(
         len(found) > 0 and all(len(matrices) in (2, 3) for matrices in found),
         "model",

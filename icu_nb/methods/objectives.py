@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..batch import Batch, Part, Term
 from ..cle import kl_loss, pair_learning_loss
 from ..errors import require, require_number
 from ..kui import forget_terms, unlearning_loss
-from ..language_model import context_length, predicted_positions
+from ..language_model import context_length, predicted_positions, transformer_layers
 from icu_nb.methods.losses import (
     log_p,
     original_log_probs,
@@ -431,11 +430,6 @@ class CEU(_NumericObjective):
         return {"l_fgt": token_mean(per_token(self._distance, part, (states, head)), part)}
 
 # %% ../../nbs/library/methods/objectives.ipynb #5cff7352
-def _layers(model: "PreTrainedModel | PeftModel") -> list[torch.nn.Module]:
-    "The model's layers, first to last."
-    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-
-
 def _layer_states(model: "PreTrainedModel | PeftModel", sequences: Sequences, layer: int) -> torch.Tensor:
     "The output of one layer, counted from 0: [B, T, H]."
     caught = []
@@ -443,7 +437,7 @@ def _layer_states(model: "PreTrainedModel | PeftModel", sequences: Sequences, la
     def keep(module, inputs, output):
         caught.append(output[0] if isinstance(output, tuple) else output)
 
-    hook = _layers(model)[layer].register_forward_hook(keep)
+    hook = transformer_layers(model)[layer].register_forward_hook(keep)
     try:
         last, _ = states_or_logits(model, sequences)
     finally:
@@ -472,7 +466,7 @@ class RMU(_NumericObjective):
     needs_reference: ClassVar = ("anything",)
 
     def validate(self, model, task: Task) -> None:
-        n = len(_layers(model))
+        n = len(transformer_layers(model))
         require(
             self.layer in range(n),
             "layer",

@@ -423,7 +423,7 @@ _EDITS = (
         "8",
         edit_path="methods.edits:task_vector",
         published=_MethodSettings(1e-5, 32, 5),
-        tuned=_MethodSettings(5e-3),
+        tuned=_MethodSettings(5e-3, epochs=5),
         source="arXiv 2212.04089, GPT-2",
     ),
     Method(
@@ -432,6 +432,7 @@ _EDITS = (
         "#1B7837",
         "h",
         edit_path="methods.code_unlearn:code_unlearn",
+        tuned=_MethodSettings(edit={"rounds": 4}),
         source="arXiv 2410.10866: the idea; its formulas are a reading of ours",
         since_paper=True,
     ),

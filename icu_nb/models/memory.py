@@ -13,11 +13,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import require
-from ..language_model import without_adapter
+from ..language_model import transformer_layers, without_adapter
 from .head import chunk_length
 from .loading import add_lora, parameter_counts
 
@@ -137,7 +136,7 @@ def recompute_layers(
     model: "PreTrainedModel | PeftModel",  # a transformers model
 ) -> list[torch.nn.Module]:  # the layers that now keep no activations; `del layer.forward` undoes it
     "Gradient checkpointing, in evaluation mode too."
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = transformer_layers(model)
     require(
         len(layers) > 0,
         "gradient_checkpointing",

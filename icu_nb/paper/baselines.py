@@ -18,10 +18,10 @@ import pandas as pd
 from ..config import ICUConfig
 from ..data.people import people
 from ..iur import Thresholds, select_icu, select_published_rule
-from ..methods.edits import task_vector
 from ..methods.registry import METHODS, Method, get_method
 from ..metrics import memorization_scores, perplexity
 from ..models.loading import add_lora
+from .edited_models import edited_model
 from .rows import put_row
 from .setup import Setup, prepare_setup
 from ..plumbing import seed_everything
@@ -50,7 +50,7 @@ def _forget_sequences(setup: Setup) -> Sequences:
     return tokenize(setup.corpus.forget, setup.tokenizer, _MAX_LENGTH)
 
 
-def _train(method: Method, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, int]":
+def _train(method: Method, setup: Setup, max_epochs: int) -> "tuple[PreTrainedModel | PeftModel, int]":
     "A model that one method has unlearned, and how many epochs it took."
     assert method.tuned is not None and method.tuned.learning_rate is not None
     seed_everything(setup.seed)  # EUL's adapter begins with random numbers
@@ -60,9 +60,9 @@ def _train(method: Method, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, 
         max_length=_MAX_LENGTH,
         seed=setup.seed,
         learning_rate=method.tuned.learning_rate,
-        max_epochs=20,
+        max_epochs=max_epochs,
         check="full",
-        check_every=1 if refined else 20,
+        check_every=1 if refined else max_epochs,
         check_steps=1,
         batch_size=len(forget) if method.name == "kumpr" else 8,
     )
@@ -87,52 +87,40 @@ def _train(method: Method, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, 
     return result.model, int(result.history.epoch.max())
 
 # %% ../../nbs/library/paper/baselines.ipynb #c2769a03
-def _subtract_task_vector(setup: Setup) -> "PreTrainedModel":
-    "The original minus the smallest part of the task vector, to 1/64, that forgets enough; or all of it."
-    tuned = METHODS["task vector"].tuned
-    assert tuned is not None
-    model = copy.deepcopy(setup.original)
-    task_vector(
-        model,
-        setup.tokenizer,
-        setup.corpus.forget,
-        [],
-        ma=_goal(setup).ma,
-        max_length=_MAX_LENGTH,
-        epochs=5,
-        learning_rate=tuned.learning_rate,
-        seed=setup.seed,
-    )
-    return model
-
-
-def _make(name: str, setup: Setup) -> "tuple[PreTrainedModel | PeftModel, int]":
+def _make(name: str, setup: Setup, max_epochs: int) -> "tuple[PreTrainedModel | PeftModel, int]":
     "A method's model and its epochs."
     if name == "original":
         return setup.original, 0
     if name == "retrained":
         return setup.retrained, setup.corpus.epochs
-    if name == "task vector":
-        return _subtract_task_vector(setup), 5
-    return _train(get_method(name), setup)
+    method = get_method(name)
+    if method.edit is None:
+        return _train(method, setup, max_epochs)
+    assert method.tuned is not None
+    model, _ = edited_model(method, setup, setup.corpus.forget, _goal(setup).ma)
+    return model, method.tuned.epochs or 0
 
 # %% ../../nbs/library/paper/baselines.ipynb #a6f850eb
 def _settings(name: str) -> str:
     "The tuned settings as JSON: a row is made again when they change."
     tuned = METHODS[name].tuned
-    return json.dumps({"learning_rate": tuned.learning_rate, **tuned.loss, **tuned.rule}) if tuned else ""
+    if not tuned:
+        return ""
+    return json.dumps({"learning_rate": tuned.learning_rate, **tuned.loss, **tuned.rule, **tuned.edit})
 
 
 def baseline_row(
     name: str,  # a key of `METHODS`
     seed: int,  # of the people, the model and the order of the texts
+    max_epochs: int = 20,  # of a method that trains
 ) -> dict[str, Any]:  # MA, EL, whether the goal was reached, and the perplexities of four kinds of text
     "What a method has forgotten, and what is left of the rest."
-    setup = prepare_setup("people", "tiny gpt-neo", seed, 64, _MAX_LENGTH)
+    recorded = {"recorded": True} if "amnesiac" in name else {}
+    setup = prepare_setup("people", "tiny gpt-neo", seed, 64, _MAX_LENGTH, **recorded)
     goal, corpus = _goal(setup), setup.corpus
     nearest = set(setup.pairs.flatten().tolist())
     began = time.perf_counter()
-    model, epochs = _make(name, setup)
+    model, epochs = _make(name, setup, max_epochs)
     seconds = time.perf_counter() - began
     texts = {
         "neighbors": [corpus.retain[j] for j in sorted(nearest)],
@@ -173,6 +161,7 @@ def run_baselines(
     path: Path,  # baselines.csv; it grows row by row
     names: Iterable[str],  # keys of `METHODS`
     seeds: Iterable[int],  # see `baseline_row`
+    max_epochs: int = 20,  # see `baseline_row`
 ) -> None:
     "Make the rows that are not there yet, or were made with other settings."
     names = list(names)
@@ -181,4 +170,4 @@ def run_baselines(
             rows = read_baselines(path)
             there = rows[(rows.method == name) & (rows.seed == seed) & (rows.settings == _settings(name))]
             if there.empty:
-                put_row(baseline_row(name, seed), path, ("method", "seed"))
+                put_row(baseline_row(name, seed, max_epochs), path, ("method", "seed"))

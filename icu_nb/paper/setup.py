@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from ..data.pile import gpt2_tokenizer, pile_corpus
 from ..embedding import model_embedder, sentence_embedder
 from ..errors import InputError, require
 from ..iur import Thresholds, calibrate_thresholds
+from ..methods.recorded_updates import record_updates
 from ..metrics import memorization_accuracy, perplexity
 from ..models.loading import load_model
 from ..models.tiny import memorize, tiny_gpt_neo, train_tokenizer
@@ -259,6 +261,7 @@ class Setup:
     retrain: Callable[[], PreTrainedModel] | None = None  # a model trained without the forget texts
     seconds: float = 0.0  # how long it took
     embedder: str | None = None  # an encoder for the neighbors; None: the model's own hidden states
+    updates: "tempfile.TemporaryDirectory | None" = None  # recorded while the original was trained
 
     @cached_property
     def embed(self) -> Callable:
@@ -378,7 +381,9 @@ def _setup_from_scratch(
     return Setup(corpus, original, tokenizer, seed, max_length, fresh_model, embedder=embedder)
 
 
-def _tiny_setup(corpus: Corpus, model: str, seed: int, max_length: int, embedder: str | None) -> Setup:
+def _tiny_setup(
+    corpus: Corpus, model: str, seed: int, max_length: int, embedder: str | None, recorded: bool
+) -> Setup:
     "A tiny model of any architecture, with the recipe of `tiny_model`."
     tokenizer = train_tokenizer(corpus.trained_on())
     fresh_model = functools.partial(_fresh_model, model, len(tokenizer))
@@ -395,9 +400,26 @@ def _tiny_setup(corpus: Corpus, model: str, seed: int, max_length: int, embedder
         memorize(made, tokenizer, forget, background, **recipe)
         return made
 
-    original = trained_on(corpus.forget)
     retrain = functools.partial(trained_on, [])
-    return Setup(corpus, original, tokenizer, seed, max_length, fresh_model, retrain, embedder=embedder)
+    updates = None
+    if recorded:
+        original, updates = fresh_model(seed), tempfile.TemporaryDirectory()
+        folder = f"{updates.name}/updates"
+        # 1.2 GB; with 8 texts per step it would be twice as much
+        record_updates(original, tokenizer, corpus.forget, background, folder, batch_size=16, **recipe)
+    else:
+        original = trained_on(corpus.forget)
+    return Setup(
+        corpus,
+        original,
+        tokenizer,
+        seed,
+        max_length,
+        fresh_model,
+        retrain,
+        embedder=embedder,
+        updates=updates,
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -409,6 +431,7 @@ def prepare_setup(
     max_length: int,  # tokens per text
     files: LocalFiles = LocalFiles(),  # the user's files
     embedder: str | None = None,  # an encoder for the neighbors
+    recorded: bool = False,  # while the original trains, for amnesiac unlearning
 ) -> Setup:
     "Texts and memorized model of a run; the last ones asked for are kept."
     began = time.perf_counter()
@@ -419,7 +442,7 @@ def prepare_setup(
     if model == _SCRATCH:
         setup = _setup_from_scratch(corpus, seed, max_length, files, embedder)
     elif model == "tiny gpt-neo" or model in _ARCHITECTURES:
-        setup = _tiny_setup(corpus, model, seed, max_length, embedder)
+        setup = _tiny_setup(corpus, model, seed, max_length, embedder, recorded)
     else:
         original, tokenizer = load_model(model)
         setup = Setup(corpus, original, tokenizer, seed, max_length, embedder=embedder)

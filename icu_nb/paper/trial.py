@@ -11,6 +11,7 @@ import math
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from ..embedding import Embedder
 from ..errors import InputError, require
 from ..evals.people_questions import find_facts
 from ..iur import select_icu, select_published_rule
-from ..methods.edits import task_vector
 from ..methods.registry import get_method
 from ..models.loading import add_lora
+from .edited_models import edited_model
 from .measure import Outcome, measure_outcome
 from .setup import LocalFiles, Setup, Trial, TrialSettings, find_encoder, prepare_setup
 from ..plumbing import provenance, seed_everything
@@ -212,30 +213,26 @@ def _random_weights(trial: Trial, setup: Setup) -> Outcome:
     return Outcome(model.to(setup.original.device))
 
 
-def _scaled_task_vector(trial: Trial, setup: Setup) -> Outcome:
-    "The original minus the smallest part of the task vector, to 1/64, that reaches the goal; else all of it."
-    settings = trial.settings
-    model = copy.deepcopy(setup.original)
-    task_vector(
-        model,
-        setup.tokenizer,
-        setup.forget_texts(settings),
-        [],
-        ma=setup.goal(settings).ma,
-        max_length=settings.max_length,
-        epochs=5,
-        learning_rate=settings.learning_rate,
-        seed=trial.seed,
-    )
-    return Outcome(model, 5)
+def _edited(trial: Trial, setup: Setup) -> Outcome:
+    "What the method's edit makes of the original."
+    settings, method = trial.settings, get_method(trial.method)
+    assert method.tuned is not None
+    has_rate = method.tuned.learning_rate is not None and settings.learning_rate is not None
+    rate = {"learning_rate": settings.learning_rate} if has_rate else {}
+    model, _ = edited_model(method, setup, setup.forget_texts(settings), setup.goal(settings).ma, **rate)
+    return Outcome(model, method.tuned.epochs or 0)
 
 
 _REFERENCES = {
     "original": _original,
     "retrained": _retrained,
     "random weights": _random_weights,
-    "task vector": _scaled_task_vector,
 }
+
+
+def _way_to_make(name: str) -> Callable[[Trial, Setup], Outcome]:
+    "How a method's model is made."
+    return _REFERENCES.get(name, _edited if get_method(name).edit_path else _train)
 
 # %% ../../nbs/library/paper/trial.ipynb #23ab8e4d
 class _PeakMemory:
@@ -281,7 +278,8 @@ def _setup_of(trial: Trial, files: LocalFiles) -> Setup:
     "What the trial begins with; its goal and neighbors are measured before any clock runs."
     settings = trial.settings
     sizes = settings.n_forget, settings.max_length
-    setup = prepare_setup(trial.data, trial.model, trial.seed, *sizes, files, settings.embedder)
+    recorded = "amnesiac" in trial.method
+    setup = prepare_setup(trial.data, trial.model, trial.seed, *sizes, files, settings.embedder, recorded)
     setup.goal(settings)
     _ = setup.pairs
     return setup
@@ -298,7 +296,7 @@ def run_trial(
     setup = _setup_of(trial, files)
     began = time.perf_counter()
     with _PeakMemory() as memory:
-        outcome = _REFERENCES.get(trial.method, _train)(trial, setup)
+        outcome = _way_to_make(trial.method)(trial, setup)
     trained = time.perf_counter()
     found, scores = measure_outcome(outcome, trial, setup, files)
     checks = 0.0 if outcome.history is None else outcome.history.seconds_check.sum()
