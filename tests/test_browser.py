@@ -267,6 +267,7 @@ def without_outputs(notebook, target):
     target.write_text(json.dumps(book), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_quickstart_runs_in_jupyterlab(page, tmp_path):
     pytest.importorskip("jupyterlab")
     without_outputs(ROOT / "nbs/00_quickstart.ipynb", tmp_path / "00_quickstart.ipynb")
