@@ -78,6 +78,12 @@ class ICUConfig:
     el_n: int = _setting(10, "EL's n-gram size")
     el_start: int | None = _setting(None, "EL's first offset; None: 3/4 of the real length")
     n_neighbors: int = _setting(1, "neighbors per forget text")
+    neighbors: str = _setting(
+        "nearest",
+        'which texts of the pool a step learns beside a forget text: its n_neighbors nearest ones; "rotate":'
+        ' one of these, another in each epoch; "redraw": n_neighbors random ones, others at every step',
+        choices=("nearest", "rotate", "redraw"),
+    )
     max_overlap: float = _setting(
         0.5,
         "nearer neighbors, by shared n-grams, are passed over (ours; 1.0 passes over none, as in the paper)",
@@ -132,7 +138,7 @@ class ICUConfig:
             self._check_number("max_grad_norm", otherwise="None, or ")
             remedy = "Give a number above 0, or None for no clipping"
             require(self.max_grad_norm > 0, "max_grad_norm", "with 0 no weight would ever move", remedy)
-        for name in ("stop", "check", "precision"):
+        for name in ("neighbors", "stop", "check", "precision"):
             value, known = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
             remedy = f"Use one of {', '.join(map(str, known))}"
             require(value in known, name, f"{value!r} is not known", remedy)

@@ -27,7 +27,7 @@ from .examples import Examples
 from .iur import Thresholds, calibrate_thresholds
 from .language_model import context_length
 from .plumbing import Arithmetic
-from .text import Sequences, el_positions, pad_id, special_ends
+from .text import Repeats, Sequences, el_positions, pad_id, special_ends
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -106,19 +106,26 @@ class Task:
     "A run's sequences, and the neighbors of each."
 
     forget: Sequences  # n sequences
-    neighbors: Sequences  # n·k sequences; those of row i stand at i·k ... i·k + k-1
-    pairs: np.ndarray  # IntArray [n, k], indices into `retain` as it was given
+    neighbors: Sequences  # n·k sequences; those of row i stand at i·k ... i·k + k-1. "redraw": the pool
+    pairs: np.ndarray  # IntArray [n, k], indices into `retain` as it was given; "redraw": [n, 0]
     hashes: Sequence[str] = ()  # SHA-256 of each whole forget text, to say later what was unlearned
     alternatives: Sequences | None = None  # n texts to say instead, for objectives that ask for them
+    stream: str = "nearest"  # which neighbors a step gets, see `ICUConfig.neighbors`
+    redrawn: int = 1  # random ones per forget text, with "redraw"
+    seed: int = 0  # of these
 
     def batch(
         self,
         rows: torch.Tensor,  # LongTensor [B]: rows of the forget set
         device: "str | torch.device",  # where the batch goes
         step: torch.Tensor | None = None,  # LongTensor: the step's rows, of which the batch is a piece
+        epoch: int = 1,  # of the step
+        number: int = 1,  # of the step in its epoch
     ) -> Batch:
-        "The forget sequences `rows` with all their neighbors."
+        "The forget sequences `rows` with the neighbors that the stream gives them."
         step = rows if step is None else step
+        near = self._neighbors_of(step, epoch, number)  # [len(step), k]
+        places = (rows[:, None] == step).int().argmax(1)
 
         def part(sequences: Sequences, rows: torch.Tensor, step: torch.Tensor) -> Part:
             tokens, tokens_of_step = _predicted(sequences, rows), _predicted(sequences, step)
@@ -127,14 +134,18 @@ class Task:
 
         return Batch(
             part(self.forget, rows, step),
-            part(self.neighbors, self._neighbors_of(rows), self._neighbors_of(step)),
+            part(self.neighbors, near[places].flatten(), near.flatten()),
             None if self.alternatives is None else part(self.alternatives, rows, step),
         )
 
-    def _neighbors_of(self, rows: torch.Tensor) -> torch.Tensor:
-        "The rows of their neighbors."
+    def _neighbors_of(self, step: torch.Tensor, epoch: int, number: int) -> torch.Tensor:
+        "LongTensor [len(step), k]: the rows of their neighbors."
+        if self.stream == "redraw":
+            generator = np.random.default_rng([self.seed, epoch, number])
+            return torch.from_numpy(generator.integers(len(self.neighbors), size=(len(step), self.redrawn)))
         k = self.pairs.shape[1]
-        return (rows[:, None] * k + torch.arange(k)).flatten()
+        turns = torch.arange(k) if self.stream == "nearest" else torch.tensor([(epoch - 1) % k])
+        return step[:, None] * k + turns
 
 
 def _predicted(sequences: Sequences, rows: torch.Tensor) -> int:
@@ -183,6 +194,8 @@ def _find_neighbors(
 
 def _check_neighbors(neighbors: Any, n_forget: int, n_retain: int, kept: list[int]) -> np.ndarray:
     "Ready pairs, or one clear error when they cannot be used."
+    stream = "A stream of neighbors is a setting: ICUConfig(neighbors=...)"
+    require(not isinstance(neighbors, str), "neighbors", f"{neighbors!r} is no array of pairs", stream)
     pairs = np.asarray(neighbors)
     require(
         pairs.ndim == 2 and len(pairs) == n_forget and pairs.size > 0 and pairs.dtype.kind in "iu",
@@ -229,17 +242,34 @@ def prepare_task(
         instead = Examples.read(alternatives, tokenizer, "alternatives", limit, longest)
         _check_alternatives(to_forget.sequences, instead.sequences)
     kept = _keep_apart(to_forget.trained, pool.trained)
-    if neighbors is None:
-        pairs = _find_neighbors(model, tokenizer, to_forget, pool, kept, config, embedder)
-    else:
+    redraw = config.neighbors == "redraw"
+    if neighbors is not None:
+        require(not redraw, "neighbors", "with redraw there are no ready ones", "Leave one of the two out")
         pairs = _check_neighbors(neighbors, len(to_forget.trained), len(pool.trained), kept)
+    elif redraw:
+        kept = _without_repeats(to_forget.trained, pool.trained, kept, config.max_overlap)
+        pairs = np.empty((len(to_forget.trained), 0), dtype=np.int64)
+    else:
+        pairs = _find_neighbors(model, tokenizer, to_forget, pool, kept, config, embedder)
     return Task(
         forget=to_forget.sequences,
-        neighbors=pool.sequences[pairs.flatten().tolist()],
+        neighbors=pool.sequences[kept if redraw else pairs.flatten().tolist()],
         pairs=pairs,
         hashes=[_text_hash(text) for text in to_forget.whole],
         alternatives=None if instead is None else instead.sequences,
+        stream=config.neighbors,
+        redrawn=config.n_neighbors,
+        seed=config.seed,
     )
+
+
+def _without_repeats(forget: list[str], retain: list[str], kept: list[int], max_overlap: float) -> list[int]:
+    "Of the kept indices those of texts that are near-duplicates of no forget text."
+    repeats = Repeats(forget, max_overlap)
+    left = [j for j in kept if not repeats(retain[j])]
+    problem = "no text is left once near-duplicates of forget texts are passed over"
+    require(len(left) > 0, "retain", problem, "Add other texts to the pool, or raise max_overlap")
+    return left
 
 
 def _check_alternatives(forget: Sequences, alternatives: Sequences) -> None:

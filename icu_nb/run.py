@@ -300,6 +300,7 @@ class Run:
         self.refinement = refinement
         self.scorer = scorer
         self.source = source_of(model)
+        self.epoch = 1  # the one that trains
         self.steps = 0  # taken by now
         self.micro_batch_size = config.micro_batch_size  # halved where a step does not fit into memory
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -483,7 +484,7 @@ def _backward(
     "Add a piece's gradient; the loss and its terms, of this piece on all processes."
     share = len(piece) / len(rows)
     stand_in = rows[:1]
-    batch = run.task.batch(piece if len(piece) else stand_in, run.device, step=rows)
+    batch = run.task.batch(piece if len(piece) else stand_in, run.device, rows, run.epoch, number)
     with together(), run.arithmetic.autocast():
         terms = objective(run.model, batch, run.reference)
         loss: Any = sum(terms.values())

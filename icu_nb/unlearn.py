@@ -120,6 +120,7 @@ def _next_epoch(
     losses: dict[str, float] = {}
     enough = False
     if progress.epoch > 0:
+        run.epoch = progress.epoch
         losses, enough = train_epoch(run, _shuffled(run, progress.active))
     trained = time.perf_counter() if progress.epoch else began
     scores = None

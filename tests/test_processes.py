@@ -116,6 +116,8 @@ SGD_LIKE = {
 JOBS = {
     "ICU": {"config": SGD_LIKE},
     "two neighbors, pieces": {"config": dict(SGD_LIKE, n_neighbors=2, micro_batch_size=1)},
+    "neighbors in turn": {"config": dict(SGD_LIKE, n_neighbors=2, neighbors="rotate")},
+    "neighbors redrawn, pieces": {"config": dict(SGD_LIKE, neighbors="redraw", micro_batch_size=1)},
     "three active, fewer than the pieces of a step": {
         "config": dict(SGD_LIKE, batch_size=2),
         "rows": [0, 3, 5],

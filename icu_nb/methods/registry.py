@@ -432,6 +432,7 @@ _EDITS = (
         "#1B7837",
         "h",
         edit_path="methods.code_unlearn:code_unlearn",
+        published=_MethodSettings(),
         tuned=_MethodSettings(edit={"rounds": 4}),
         source="arXiv 2410.10866: the idea; its formulas are a reading of ours",
         since_paper=True,
