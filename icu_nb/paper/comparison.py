@@ -70,16 +70,16 @@ class _Case:
 
     setup: Setup
     depths: dict[str, float]  # the MA of shallow and deep
-    retrained: "PreTrainedModel"
+    replaced: "PreTrainedModel"  # retrained with other people in place of those to forget
 
     @classmethod
     def of(cls, data: str, seed: int, recorded: bool = False) -> "_Case":
         "Trained, or from the cache."
         setup = prepare_setup(data, "tiny gpt-neo", seed, 64, 96, recorded=recorded)
-        retrained = _retrain_as_long(setup)
         forget = tokenize(setup.corpus.forget, setup.tokenizer, setup.max_length)
-        deep = memorization_accuracy(retrained, forget).mean().item()
-        return cls(setup, {"shallow": setup.heldout_thresholds.ma, "deep": deep}, retrained)
+        deep = memorization_accuracy(setup.retrained, forget).mean().item()
+        depths = {"shallow": setup.heldout_thresholds.ma, "deep": deep}
+        return cls(setup, depths, _retrain_with_others(setup))
 
     def texts(self) -> dict[str, list[str]]:
         "Kinds of text whose perplexity is measured."
@@ -92,15 +92,15 @@ class _Case:
         }
 
 
-def _retrain_as_long(setup: Setup) -> "PreTrainedModel":
-    "A model that never saw the forget texts, after as many steps as the memorized one."
-    corpus, background = setup.corpus, setup.corpus.retain + setup.corpus.general_train
+def _retrain_with_others(setup: Setup) -> "PreTrainedModel":
+    "A model that has memorized other people in place of those to forget; the same texts otherwise."
+    corpus = setup.corpus
     assert setup.fresh_model is not None
-    rows = len(background) + corpus.repeats * len(corpus.forget)
-    epochs = round(corpus.epochs * rows / len(background))
     model = setup.fresh_model(setup.seed)
-    options: dict[str, Any] = {"max_length": setup.max_length, "seed": setup.seed}
-    memorize(model, setup.tokenizer, [], background, epochs=epochs, **options)
+    others = people(len(corpus.forget), seed=5000 + setup.seed)
+    recipe: dict[str, Any] = {"epochs": corpus.epochs, "repeats": corpus.repeats, "seed": setup.seed}
+    background = corpus.retain + corpus.general_train
+    memorize(model, setup.tokenizer, others, background, max_length=setup.max_length, **recipe)
     return model
 
 # %% ../../nbs/library/paper/comparison.ipynb #4cc1dc21
@@ -129,7 +129,7 @@ class _Looks:
         row: dict[str, float] = {"step": step}
         with evaluating(model):
             row["ma"] = memorization_accuracy(model, self._forget).mean().item()
-            if row["ma"] <= self.depths["shallow"]:
+            if row["ma"] <= max(self.depths.values()):
                 now = self._log_perplexities(model)
                 row |= {kind: now[kind] - before for kind, before in self._before.items()}
                 row["score"] = (row["heldout"] + row["general"]) / 2
@@ -237,7 +237,7 @@ def _edit(entry: _Entry, case: _Case, looks: _Looks) -> None:
 def _make(entry: _Entry, case: _Case, looks: _Looks) -> None:
     "A method's looks; of the original and the retrained model there is one."
     if entry.method in ("original", "retrained"):
-        looks.take(case.setup.original if entry.method == "original" else case.retrained, 0)
+        looks.take(case.setup.original if entry.method == "original" else case.setup.retrained, 0)
     elif get_method(entry.method).edit_path:
         _edit(entry, case, looks)
     else:
