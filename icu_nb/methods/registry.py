@@ -62,6 +62,7 @@ class Method:
     tuned: _MethodSettings | None = None  # for the tiny model
     source: str = ""  # of the published settings
     variant_of: str = ""  # the method that it is with other settings
+    neighbors: str = "redraw"  # what its published code has beside the forget texts, see `ICUConfig`
     since_paper: bool = False  # added later; the stored tables do not hold it
 
     @property
@@ -145,6 +146,7 @@ _ICU = Method(
     "o",
     "objective:ICU",
     refinement="icu",
+    neighbors="nearest",
     published=_MethodSettings(5e-6, 8),
     tuned=_MethodSettings(1e-4),
     source="arXiv 2407.20271, its code",

@@ -6,11 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/library/paper/comparison.ipynb #db9b56d7
+import argparse
 import copy
 import functools
 import inspect
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -269,18 +271,137 @@ def _row(entry: _Entry) -> dict[str, Any]:
     }
 
 
+def _stored_row(path: Path, entry: _Entry) -> dict[str, Any] | None:
+    "What is stored of a run."
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path)
+    same = (rows[list(_IDENTITY)] == [entry.method, entry.data, entry.seed, entry.to_json()]).all(axis=1)
+    return rows[same].iloc[0].to_dict() if same.any() else None
+
+
 def _run_comparison(
     path: Path,  # the rows; it grows row by row
     entries: Iterable[_Entry],  # what is to be there
-) -> None:
+) -> list[dict[str, Any]]:  # their rows
     "Make the rows that are not there yet."
+    found = []
     for entry in entries:
-        facts = entry.method, entry.data, entry.seed, entry.to_json()
-        stored = (
-            pd.read_csv(path, usecols=list(_IDENTITY))
-            if path.exists()
-            else pd.DataFrame(columns=list(_IDENTITY))
-        )
-        if not (stored[list(_IDENTITY)] == list(facts)).all(axis=1).any():
-            print(*facts, flush=True)
+        if _stored_row(path, entry) is None:
+            print(entry.method, entry.data, entry.seed, entry.to_json(), flush=True)
             put_row(_row(entry), path, _IDENTITY)
+        found.append(_stored_row(path, entry))
+    return [row for row in found if row is not None]
+
+# %% ../../nbs/library/paper/comparison.ipynb #c7be757f
+# the weight of what is held, or where there is none what comes nearest: method -> setting, first value
+_KNOBS: dict[str, tuple[str, float]] = {
+    "icu": ("beta", 1.0),
+    "icu_published_rule": ("beta", 1.0),
+    "graddiff": ("alpha", 1.0),
+    "kl": ("beta", 1.0),
+    "llmu": ("beta", 1.0),
+    "po": ("alpha", 0.5),
+    "dpo": ("alpha", 1.0),
+    "eul": ("lam", 1.0),
+    "npo": ("alpha", 1.0),
+    "simnpo": ("alpha", 1.0),
+    "rmu": ("alpha", 1.0),
+    "undial": ("beta", 10.0),
+    "wga": ("alpha", 1.0),
+    "satimp": ("alpha", 0.1),
+    "idk": ("alpha", 1.0),
+    "idk_ap": ("ap", 1.0),
+    "jensun": ("alpha", 1.0),
+    "altpo": ("alpha", 2.0),
+    "npo_sam": ("alpha", 1.0),
+    "undo": ("alpha", 0.3),
+    "depn": ("share", 0.1),
+    "neuron_relevance": ("share", 0.02),
+}
+_Setting = tuple[float | None, float | None]  # learning rate and loss knob
+_COARSE = [(3.0, 1.0), (1 / 3, 1.0)]  # factors of both
+_FINE = [(3**0.5, 1.0), (3**-0.5, 1.0), (1.0, 2.0), (1.0, 0.5), (3.0, 1.0), (1 / 3, 1.0), (1.0, 4.0)]
+
+
+def _moved(setting: _Setting, move: tuple[float, float]) -> _Setting:
+    "Both numbers times their factors, to three digits; what is not there stays away."
+    rate, knob = (
+        None if value is None else float(f"{value * factor:.3g}")
+        for value, factor in zip(setting, move, strict=True)
+    )
+    return rate, knob
+
+
+def _next_setting(
+    first: _Setting,
+    tried: dict[_Setting, float],  # their scores, infinite where the depth was not reached
+) -> _Setting | None:  # None: nothing is left to try
+    "The search: what comes after these trials."
+    if not tried:
+        return first
+    for move in _COARSE if len(tried) < 3 else []:
+        if (setting := _moved(first, move)) not in tried:
+            return setting
+    best = min(tried, key=lambda setting: (tried[setting], -(setting[0] or 0.0)))
+    moves = [(1.0, 4.0), *_FINE] if len(tried) == 3 else _FINE
+    return next((moved for move in moves if (moved := _moved(best, move)) not in tried), None)
+
+
+def _entry(method: str, seed: int, setting: _Setting, data: str) -> _Entry:
+    "A run with a setting; everything else as the registry has it."
+    record = get_method(method)
+    assert record.tuned is not None
+    rate, knob = setting
+    settings = {**record.tuned.loss, **record.tuned.rule, **record.tuned.edit}
+    if knob is not None:
+        settings[_KNOBS[method][0]] = knob
+    return _Entry(method, seed, rate, settings, record.neighbors, data)
+
+
+def _first_setting(method: str) -> _Setting:
+    "The registry's for the tiny model."
+    tuned = get_method(method).tuned
+    assert tuned is not None
+    if method not in _KNOBS:
+        return tuned.learning_rate, None
+    name, usual = _KNOBS[method]
+    return tuned.learning_rate, {**tuned.loss, **tuned.rule, **tuned.edit}.get(name, usual)
+
+
+def _tune(
+    path: Path,  # the trials; it grows row by row
+    method: str,  # a key of `METHODS`
+    n_trials: int,  # settings to try, those that are stored included
+    seeds: Iterable[int] = (100, 101),  # that no table uses
+    data: str = "people",  # see `_Entry`
+    depth: str = "deep",  # whose score counts
+) -> dict[_Setting, float]:  # the mean score of every setting
+    "Make the trials of one method that are not there yet."
+    tried: dict[_Setting, float] = {}
+    while len(tried) < n_trials:
+        setting = _next_setting(_first_setting(method), tried)
+        if setting is None:
+            break
+        rows = _run_comparison(path, [_entry(method, seed, setting, data) for seed in seeds])
+        score = sum(row[f"{depth}_score"] for row in rows) / len(rows)
+        tried[setting] = math.inf if math.isnan(score) else score
+    return tried
+
+
+def _main() -> int:
+    "`python -m icu_nb.paper.comparison`: see --help."
+    parser = argparse.ArgumentParser(
+        prog="python -m icu_nb.paper.comparison", description="Tunes methods of the comparison."
+    )
+    parser.add_argument("methods", nargs="+", help="which ones: keys of `METHODS`")
+    parser.add_argument("--trials", type=int, default=4, help="settings per method (default: 4)")
+    parser.add_argument("--rows", type=Path, default=Path("figures/data/comparison_trials.csv"))
+    args = parser.parse_args()
+    for method in args.methods:
+        _tune(args.rows, get_method(method).name, args.trials)
+    return 0
+
+
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
+    sys.exit(_main())

@@ -1,0 +1,156 @@
+"""The comparison's runs: looks on the way, which checkpoint counts, and the search for settings."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from icu_nb.data.corpus import Corpus
+from icu_nb.methods.registry import METHODS
+from icu_nb.metrics import memorization_accuracy, perplexity
+from icu_nb.models.tiny import tiny_gpt_neo
+from icu_nb.paper import comparison
+from icu_nb.paper.comparison import _Case, _Entry, _Looks, _next_setting, _run_comparison, _tune
+from icu_nb.paper.setup import Setup
+
+
+@pytest.fixture
+def case(tiny, monkeypatch):
+    """Texts and model of the tests in place of those of the comparison."""
+    corpus = Corpus("people", tiny.forget, tiny.retain, tiny.heldout, tiny.retain[:6], tiny.heldout[:4])
+    fresh = tiny_gpt_neo(len(tiny.tokenizer), 64, 2, 32, 2, 7)
+    setup = Setup(corpus, tiny.model, tiny.tokenizer, 0, 48, retrain=lambda: fresh)
+    found = _Case(setup, {"shallow": 0.8, "deep": 0.5}, fresh)
+    monkeypatch.setattr(comparison, "_case_of", lambda *_: found)
+    monkeypatch.setattr(comparison, "_MAX_EPOCHS", 12)
+    monkeypatch.setattr(comparison, "_LOOK_EVERY", 1)
+    return found
+
+
+# ---- looks ----
+
+
+def test_the_best_checkpoint_at_a_depth_counts(case):
+    looks = _Looks(case)
+    path = [(0, 0.9, None), (1, 0.7, 2.0), (2, 0.6, 1.0), (3, 0.45, 3.0), (4, 0.4, 1.5)]
+    looks.rows = [{"step": step, "ma": ma, "score": score} for step, ma, score in path]
+    assert looks.find("shallow")["step"] == 2 and looks.find("deep")["step"] == 4
+    looks.rows = looks.rows[:3]
+    assert looks.find("deep") is None
+
+
+def test_a_look_is_the_rise_of_log_perplexity(case, tiny):
+    looks, fresh = _Looks(case), case.replaced
+    looks.take(tiny.model, 0)
+    looks.take(fresh, 1)
+    before, after = looks.rows
+    assert set(before) == {"step", "ma"}  # over both depths
+    assert after["ma"] == pytest.approx(memorization_accuracy(fresh, tiny.sequences).mean().item())
+    perplexities = [perplexity(m, tiny.tokenizer, tiny.heldout, max_length=48) for m in (tiny.model, fresh)]
+    assert after["heldout"] == pytest.approx(math.log(perplexities[1] / perplexities[0]), abs=1e-6)
+    assert after["score"] == pytest.approx((after["heldout"] + after["general"]) / 2)
+    columns = looks.columns()
+    assert columns["first_step"] == columns["deep_step"] == 1
+
+
+# ---- runs ----
+
+
+@pytest.mark.parametrize("method", ["original", "retrained", "icu", "ga", "npo_sam", "idk", "task vector"])
+def test_a_run_is_a_row(case, method):
+    tuned = METHODS[method].tuned
+    settings = {} if tuned is None else {**tuned.loss, **tuned.rule}
+    rate = {"original": None, "retrained": None, "task vector": 5e-3}.get(method, 5e-3)
+    row = comparison._row(_Entry(method, 0, rate, settings, METHODS[method].neighbors))
+    path = json.loads(row["looks"])
+    assert row["depth_shallow"] == 0.8 and row["depth_deep"] == 0.5
+    assert all(0 <= ma <= 1 for _, ma, *_ in path)
+    if method == "original":
+        assert math.isnan(row["shallow_score"]) and path[0][0] == 0
+    if method == "retrained":
+        assert row["deep_ma"] <= 0.5 and not math.isnan(row["deep_score"])
+    if method in ("icu", "ga", "npo_sam"):
+        assert row["first_ma"] <= 0.8 and [step for step, *_ in path] == list(range(len(path)))
+        assert row["shallow_score"] <= row["first_score"]
+
+
+def test_looks_change_nothing(case, tiny):
+    entry = _Entry("ga", 0, 2e-3)
+    seen = []
+    for every in (1, 10**6):
+        comparison._LOOK_EVERY = every
+        looks = _Looks(case)
+        comparison._train(entry, case, looks)
+        seen.append(looks.rows[-1])
+    assert seen[0] == seen[1]
+
+
+def test_what_is_stored_is_not_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def row(entry):
+        made.append(entry)
+        facts = {"method": entry.method, "data": entry.data, "seed": entry.seed}
+        return {**facts, "settings": entry.to_json(), "deep_score": entry.learning_rate}
+
+    monkeypatch.setattr(comparison, "_row", row)
+    path = tmp_path / "rows.csv"
+    entries = [_Entry("ga", seed, 1e-4) for seed in (1, 2)]
+    rows = _run_comparison(path, entries)
+    assert [found["seed"] for found in rows] == [1, 2] and len(made) == 2
+    _run_comparison(path, [*entries, _Entry("ga", 1, 1e-4, neighbors="redraw")])
+    assert len(made) == 3 and len(pd.read_csv(path)) == 3
+
+
+# ---- the search ----
+
+
+def test_the_search_goes_on_from_the_best_setting():
+    tried = {}
+    order = []
+    while (setting := _next_setting((1e-4, 1.0), tried)) and len(tried) < 6:
+        order.append(setting)
+        tried[setting] = abs(math.log(setting[0] / 3e-4)) + abs(math.log(setting[1] / 4))
+    assert order[:4] == [(1e-4, 1.0), (3e-4, 1.0), (3.33e-5, 1.0), (3e-4, 4.0)]
+    assert order[4:] == [(5.2e-4, 4.0), (1.73e-4, 4.0)]  # smaller moves from the best
+    assert len(set(order)) == len(order)
+
+
+def test_where_nothing_is_deep_enough_the_largest_rate_is_the_best():
+    tried = {(1e-4, 1.0): math.inf, (3e-4, 1.0): math.inf, (3.33e-5, 1.0): math.inf}
+    assert _next_setting((1e-4, 1.0), tried) == (3e-4, 4.0)
+
+
+def test_a_method_without_numbers_has_one_setting():
+    assert _next_setting((None, None), {}) == (None, None)
+    assert _next_setting((None, None), {(None, None): 1.0}) is None
+
+
+def test_a_depth_missed_on_one_seed_comes_last(tmp_path, monkeypatch):
+    def row(entry):
+        missed = entry.seed == 101 and entry.learning_rate < 1e-4
+        facts = {"method": entry.method, "data": entry.data, "seed": entry.seed}
+        return {**facts, "settings": entry.to_json(), "deep_score": math.nan if missed else 1.0}
+
+    monkeypatch.setattr(comparison, "_row", row)
+    scores = _tune(tmp_path / "rows.csv", "icu", 4)
+    assert list(scores) == [(1e-4, 1.0), (3e-4, 1.0), (3.33e-5, 1.0), (3e-4, 4.0)]
+    assert scores[3.33e-5, 1.0] == math.inf and scores[1e-4, 1.0] == 1.0
+    stored = pd.read_csv(tmp_path / "rows.csv")
+    assert json.loads(stored.settings[0]) == {"learning_rate": 1e-4, "neighbors": "nearest", "beta": 1.0}
+
+
+def test_first_settings_are_the_registrys():
+    for name, method in METHODS.items():
+        if method.tuned and not method.edit_path:
+            rate, knob = comparison._first_setting(name)
+            assert rate == method.tuned.learning_rate
+            assert knob is None or name in comparison._KNOBS
+            comparison.get_method(name).make(
+                **{
+                    key: value
+                    for key, value in comparison._entry(name, 0, (rate, knob), "people").settings.items()
+                    if key not in method.tuned.rule
+                }
+            )
