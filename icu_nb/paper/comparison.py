@@ -126,11 +126,14 @@ class _Looks:
             for kind, texts in self._texts.items()
         }
 
+    def memorized(self, model: Any) -> float:
+        "The mean MA of the forget texts."
+        return memorization_accuracy(model, self._forget).mean().item()
+
     def take(self, model: Any, step: int) -> None:
         "Measure the model as it is after so many steps."
-        row: dict[str, float] = {"step": step}
         with evaluating(model):
-            row["ma"] = memorization_accuracy(model, self._forget).mean().item()
+            row: dict[str, float] = {"step": step, "ma": self.memorized(model)}
             if row["ma"] <= max(self.depths.values()):
                 now = self._log_perplexities(model)
                 row |= {kind: now[kind] - before for kind, before in self._before.items()}
@@ -265,6 +268,7 @@ def _row(entry: _Entry) -> dict[str, Any]:
         "seed": entry.seed,
         "settings": entry.to_json(),
         **{f"depth_{name}": ma for name, ma in case.depths.items()},
+        "ma_replaced": looks.memorized(case.replaced),
         **looks.columns(),
         "seconds": time.perf_counter() - began,
         "looks": json.dumps(path),
@@ -293,7 +297,7 @@ def _run_comparison(
         found.append(_stored_row(path, entry))
     return [row for row in found if row is not None]
 
-# %% ../../nbs/library/paper/comparison.ipynb #c7be757f
+# %% ../../nbs/library/paper/comparison.ipynb #25dac2a4
 # the weight of what is held, or where there is none what comes nearest: method -> setting, first value
 _KNOBS: dict[str, tuple[str, float]] = {
     "icu": ("beta", 1.0),
