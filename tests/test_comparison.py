@@ -154,3 +154,11 @@ def test_first_settings_are_the_registrys():
                     if key not in method.tuned.rule
                 }
             )
+
+
+def test_a_test_row_says_what_attacks_find(case, tiny, monkeypatch):
+    monkeypatch.setattr(comparison, "_LOOK_EVERY", 4)
+    monkeypatch.setattr("icu_nb.evals.membership.MIN_TEXTS", 4)
+    row = comparison._row(_Entry("ga", 0, 5e-3), audited=True)
+    names = ("auc_loss", "auc_min-k", "answered", "relearned_ma")
+    assert all(0 <= row[f"{depth}_{name}"] <= 1 for depth in ("shallow", "deep") for name in names)

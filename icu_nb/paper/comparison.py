@@ -24,6 +24,10 @@ import torch
 
 from ..config import ICUConfig
 from ..data.people import people
+from ..evals.audit import relearn
+from ..evals.membership import auc, membership_scores
+from ..evals.people_questions import people_questions
+from ..evals.tasks import evaluate_tasks
 from ..iur import Thresholds, select_icu, select_published_rule
 from ..language_model import evaluating
 from ..methods.registry import get_method
@@ -59,6 +63,7 @@ class _Entry:
         return json.dumps(facts, sort_keys=True)
 
 # %% ../../nbs/library/paper/comparison.ipynb #67c1f50c
+_MEMBERSHIP = ["loss", "min-k %"]
 _IDENTITY = ("method", "data", "seed", "settings")  # of a row
 _LOOKED_AT = ("ma", "heldout", "general")  # of each look, in a row
 _MAX_EPOCHS = 60
@@ -248,6 +253,26 @@ def _make(entry: _Entry, case: _Case, looks: _Looks) -> None:
     else:
         _train(entry, case, looks)
 
+# %% ../../nbs/library/paper/comparison.ipynb #573296f2
+def _audit_columns(model: Any, case: _Case) -> dict[str, float]:
+    "What attacks find in a model."
+    setup, corpus = case.setup, case.setup.corpus
+    sizes: dict[str, Any] = {"max_length": setup.max_length}
+    found = {}
+    both = [
+        membership_scores(model, setup.tokenizer, texts, attacks=_MEMBERSHIP, **sizes)
+        for texts in (corpus.forget, corpus.heldout)
+    ]
+    for name in _MEMBERSHIP:
+        found[f"auc_{name.removesuffix(' %')}"] = auc(*(scores[name] for scores in both))
+    if corpus.name == "people":
+        questions = {"forget": people_questions(corpus.forget)}
+        found["answered"] = evaluate_tasks(model, setup.tokenizer, questions).accuracy["forget"]
+    half = len(corpus.forget) // 2
+    texts = corpus.forget[:half], corpus.forget[half:]
+    relearned = relearn(model, setup.tokenizer, *texts, measure_at=(24,), seed=setup.seed, **sizes)
+    return {**found, "relearned_ma": relearned.MA.mean()}
+
 # %% ../../nbs/library/paper/comparison.ipynb #fdf9ff44
 @functools.lru_cache(maxsize=1)
 def _case_of(data: str, seed: int, recorded: bool) -> _Case:
@@ -255,12 +280,16 @@ def _case_of(data: str, seed: int, recorded: bool) -> _Case:
     return _Case.of(data, seed, recorded)
 
 
-def _row(entry: _Entry) -> dict[str, Any]:
-    "What one run is stored as."
+def _row(entry: _Entry, audited: bool = False) -> dict[str, Any]:
+    "What one run is stored as; of a test with what attacks find."
     case = _case_of(entry.data, entry.seed, "amnesiac" in entry.method)
     began = time.perf_counter()
     looks = _Looks(case)
     _make(entry, case, looks)
+    seconds = time.perf_counter() - began
+    attacked: dict[str, float] = {}
+    for depth, model in looks.best.items() if audited else ():
+        attacked |= {f"{depth}_{name}": value for name, value in _audit_columns(model, case).items()}
     path = [[row["step"], *(round(row.get(name, math.nan), 4) for name in _LOOKED_AT)] for row in looks.rows]
     return {
         "method": entry.method,
@@ -270,7 +299,8 @@ def _row(entry: _Entry) -> dict[str, Any]:
         **{f"depth_{name}": ma for name, ma in case.depths.items()},
         "ma_replaced": looks.memorized(case.replaced),
         **looks.columns(),
-        "seconds": time.perf_counter() - began,
+        "seconds": seconds,
+        **attacked,
         "looks": json.dumps(path),
     }
 
@@ -297,7 +327,7 @@ def _run_comparison(
         found.append(_stored_row(path, entry))
     return [row for row in found if row is not None]
 
-# %% ../../nbs/library/paper/comparison.ipynb #25dac2a4
+# %% ../../nbs/library/paper/comparison.ipynb #cf641d4e
 # the weight of what is held, or where there is none what comes nearest: method -> setting, first value
 _KNOBS: dict[str, tuple[str, float]] = {
     "icu": ("beta", 1.0),
