@@ -77,8 +77,8 @@ def _all_settings() -> dict[str, _Settings]:
         config=dataclasses.replace(of_smollm2, learning_rate=4e-3),
         ascent_learning_rate=2e-3,
         lora=32,
-        epochs=(10, 2),
-        minutes=(10, 0.2, 0.3, 7, 1.6, 2.5),
+        epochs=(12, 3),
+        minutes=(10, 0.2, 0.3, 11, 2, 2.5),
     )
     others = dataclasses.replace(of_tiny, learning_rate=5e-6, eval_batch_size=8)
     return {
