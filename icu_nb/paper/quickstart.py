@@ -78,7 +78,7 @@ def _all_settings() -> dict[str, _Settings]:
         ascent_learning_rate=2e-3,
         lora=32,
         epochs=(12, 3),
-        minutes=(10, 0.2, 0.3, 11, 2, 2.5),
+        minutes=(10, 0.2, 0.3, 12, 3, 3),
     )
     others = dataclasses.replace(of_tiny, learning_rate=5e-6, eval_batch_size=8)
     return {
