@@ -247,6 +247,8 @@ def prepare_task(
         require(not redraw, "neighbors", "with redraw there are no ready ones", "Leave one of the two out")
         pairs = _check_neighbors(neighbors, len(to_forget.trained), len(pool.trained), kept)
     elif redraw:
+        unused = "with redraw no neighbors are looked for"
+        require(embedder is None, "embedder", unused, "Leave it out, or set neighbors to nearest or rotate")
         kept = _without_repeats(to_forget.trained, pool.trained, kept, config.max_overlap)
         pairs = np.empty((len(to_forget.trained), 0), dtype=np.int64)
     else:

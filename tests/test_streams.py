@@ -52,13 +52,16 @@ def test_random_texts_of_the_pool_at_every_step(tiny):
     assert len(seen) > 2 * len(tiny.forget)  # more than fixed neighbors could be
 
 
-def test_nothing_is_embedded_for_random_texts(tiny):
-    def embedder(texts):
+def test_nothing_is_embedded_for_random_texts(tiny, monkeypatch):
+    def embed(*_):
         raise AssertionError
 
+    monkeypatch.setattr("icu_nb.pairs.model_embedder", embed)
     config = tiny.config(neighbors="redraw")
-    task = prepare_task(tiny.model, tiny.tokenizer, tiny.forget, tiny.retain, config, embedder)
-    assert len(task.neighbors) == len(tiny.retain)
+    texts = tiny.model, tiny.tokenizer, tiny.forget, tiny.retain
+    assert len(prepare_task(*texts, config).neighbors) == len(tiny.retain)
+    with pytest.raises(InputError, match="`embedder`: with redraw no neighbors are looked for"):
+        prepare_task(*texts, config, embed)
 
 
 def test_near_duplicates_are_never_drawn(tiny):
