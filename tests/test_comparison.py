@@ -35,9 +35,10 @@ def test_the_best_checkpoint_at_a_depth_counts(case):
     looks = _Looks(case)
     path = [(0, 0.9, None), (1, 0.7, 2.0), (2, 0.6, 1.0), (3, 0.45, 3.0), (4, 0.4, 1.5)]
     looks.rows = [{"step": step, "ma": ma, "score": score} for step, ma, score in path]
-    assert looks.find("shallow")["step"] == 2 and looks.find("deep")["step"] == 4
+    steps = {place: row["step"] for place, row in looks._found().items()}
+    assert steps == {"first": 1, "shallow": 2, "deep": 4}
     looks.rows = looks.rows[:3]
-    assert looks.find("deep") is None
+    assert looks._found()["deep"] is None
 
 
 def test_a_look_is_the_rise_of_log_perplexity(case, tiny):
@@ -52,6 +53,7 @@ def test_a_look_is_the_rise_of_log_perplexity(case, tiny):
     assert after["score"] == pytest.approx((after["heldout"] + after["general"]) / 2)
     columns = looks.columns()
     assert columns["first_step"] == columns["deep_step"] == 1
+    assert columns["deep_retain"] == pytest.approx(looks._rises(fresh, "retain")["retain"]) != 0
 
 
 # ---- runs ----

@@ -66,9 +66,10 @@ class _Entry:
 _MEMBERSHIP = ["loss", "min-k %"]
 _IDENTITY = ("method", "data", "seed", "settings")  # of a row
 _LOOKED_AT = ("ma", "heldout", "general")  # of each look, in a row
+_CHECK_EVERY = 2  # epochs, where no text's training depends on the check
 _MAX_EPOCHS = 60
 _LOOK_EVERY = 4  # steps
-_BELOW = 0.8  # a run goes on until MA is this share of the deep depth: a later checkpoint may be better
+_BELOW = 0.9  # a run goes on until MA is this share of the deep depth: a later checkpoint may be better
 
 
 @dataclass
@@ -118,18 +119,19 @@ class _Looks:
         setup = case.setup
         self.depths = case.depths
         self.rows: list[dict[str, float]] = []
-        self.best: dict[str, Any] = {}  # depth -> a copy of the model
+        self.kept: dict[str, Any] = {}  # copies of the model: the looks that count
         self._forget = tokenize(setup.corpus.forget, setup.tokenizer, setup.max_length)
         self._texts = case.texts()
         self._setup = setup
-        self._before = self._log_perplexities(setup.original)
+        self._before = {kind: self._log_perplexity(setup.original, kind) for kind in self._texts}
 
-    def _log_perplexities(self, model: Any) -> dict[str, float]:
-        length = self._setup.max_length
-        return {
-            kind: math.log(perplexity(model, self._setup.tokenizer, texts, max_length=length))
-            for kind, texts in self._texts.items()
-        }
+    def _log_perplexity(self, model: Any, kind: str) -> float:
+        texts, length = self._texts[kind], self._setup.max_length
+        return math.log(perplexity(model, self._setup.tokenizer, texts, max_length=length))
+
+    def _rises(self, model: Any, *kinds: str) -> dict[str, float]:
+        "Of the log perplexity on kinds of text, over the original."
+        return {kind: self._log_perplexity(model, kind) - self._before[kind] for kind in kinds}
 
     def memorized(self, model: Any) -> float:
         "The mean MA of the forget texts."
@@ -140,26 +142,31 @@ class _Looks:
         with evaluating(model):
             row: dict[str, float] = {"step": step, "ma": self.memorized(model)}
             if row["ma"] <= max(self.depths.values()):
-                now = self._log_perplexities(model)
-                row |= {kind: now[kind] - before for kind, before in self._before.items()}
+                row |= self._rises(model, "heldout", "general")
                 row["score"] = (row["heldout"] + row["general"]) / 2
         self.rows.append(row)
-        for depth, ma in self.depths.items():
-            if row["ma"] <= ma and row is self.find(depth):
-                self.best[depth] = copy.deepcopy(model)
+        best = [name for name, found in self._found().items() if found is row]
+        self.kept |= dict.fromkeys(best, copy.deepcopy(model) if best else None)
 
-    def find(self, depth: str) -> dict[str, float] | None:
-        "The look with the lowest score of those that are deep enough."
-        enough = [row for row in self.rows if row["ma"] <= self.depths[depth]]
-        return min(enough, key=lambda row: row["score"]) if enough else None
+    def _found(self) -> dict[str, dict[str, float] | None]:
+        "The first look at the shallow depth, and at each depth the one with the lowest score."
+        found: dict[str, dict[str, float] | None] = {}
+        for depth, ma in self.depths.items():
+            enough = [row for row in self.rows if row["ma"] <= ma]
+            if depth == "shallow":
+                found["first"] = enough[0] if enough else None
+            found[depth] = min(enough, key=lambda row: row["score"]) if enough else None
+        return found
 
     def columns(self) -> dict[str, float]:
-        "Of a row: the first look at the shallow depth, and the best one at each depth."
-        first = next((row for row in self.rows if row["ma"] <= self.depths["shallow"]), None)
-        found = {"first": first, **{depth: self.find(depth) for depth in self.depths}}
-        names = ["step", "ma", "score", *self._texts]
-        nothing = dict.fromkeys(names, math.nan)
-        return {f"{depth}_{name}": (row or nothing)[name] for depth, row in found.items() for name in names}
+        "Of a row: the looks that count."
+        names = ["step", "ma", "score", "heldout", "general"]
+        columns = {}
+        for place, row in self._found().items():
+            near = self._rises(self.kept[place], "neighbors", "retain") if row else {}
+            for name in [*names, "neighbors", "retain"]:
+                columns[f"{place}_{name}"] = {**(row or {}), **near}.get(name, math.nan)
+        return columns
 
 
 class _Watched(StepRule):
@@ -200,6 +207,7 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
         seed=entry.seed,
         batch_size=len(forget) if method.name == "kumpr" else 8,
         neighbors=entry.neighbors,
+        check_every=1 if _REFINEMENTS[method.refinement] else _CHECK_EVERY,
     )
     model: Any = copy.deepcopy(setup.original)
     if method.alternatives == "given":  # records of other invented people, or general text
@@ -288,7 +296,9 @@ def _row(entry: _Entry, audited: bool = False) -> dict[str, Any]:
     _make(entry, case, looks)
     seconds = time.perf_counter() - began
     attacked: dict[str, float] = {}
-    for depth, model in looks.best.items() if audited else ():
+    reached = [depth for depth in case.depths if depth in looks.kept]
+    for depth in reached if audited else []:
+        model = looks.kept[depth]
         attacked |= {f"{depth}_{name}": value for name, value in _audit_columns(model, case).items()}
     path = [[row["step"], *(round(row.get(name, math.nan), 4) for name in _LOOKED_AT)] for row in looks.rows]
     return {
