@@ -50,6 +50,9 @@ class Batch:
     forget: Part  # B sequences to unlearn
     neighbor: Part  # their B·k neighbors
     alternative: Part | None = None  # B texts to say instead, where the run was given some
+    unseen: torch.Tensor | None = (
+        None  # [V], each token's log-probability in texts never seen, where asked for
+    )
 
     def together(
         self,

@@ -341,7 +341,7 @@ def test_records_say_what_their_methods_need():
         rule = method.make_rule()
         assert (rule is not None) == (name in ("npo_sam", "gru"))
         later = method.since_paper and not method.edit_path
-        assert later == (name in ("idk", "idk_ap", "jensun", "ceu", "altpo", "npo_sam", "gru"))
+        assert later == (name in ("icu_plus", "idk", "idk_ap", "jensun", "ceu", "altpo", "npo_sam", "gru"))
     assert get_method("npo_sam").make_rule() == SAM(rho=0.01) != get_method("npo_sam").make_rule(rho=0.1)
     assert get_method("npo_sam").make() == MeanNPO(beta=0.015, alpha=2.25)
     assert get_method("idk_ap").make() == IDK(alpha=0, ap=1) != get_method("idk").make() == IDK()

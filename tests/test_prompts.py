@@ -30,7 +30,7 @@ from icu_nb.methods.objectives import _refused
 from icu_nb.methods.registry import METHODS
 from icu_nb.metrics import extraction_likelihood, memorization_accuracy, memorization_scores, perplexity
 from icu_nb.models.loading import add_lora
-from icu_nb.pairs import prepare_task
+from icu_nb.pairs import prepare_task, unseen_log_probs
 from icu_nb.reference import OriginalModel
 from icu_nb.tables import read_table
 from icu_nb.text import el_positions, prompt_suffix, special_ends, tokenize
@@ -593,6 +593,7 @@ def test_no_loss_counts_a_prompt(chat, name):
     other = [{**row, "answer": "I do not know this person, and cannot say."} for row in forget]
     objective = METHODS[name].make(**({"layer": 1} if name == "rmu" else {}))
     task = prepare_task(model, tokenizer, forget, retain, SMALL, alternatives=other)
+    task = dataclasses.replace(task, unseen=unseen_log_probs(model, tokenizer, retain, SMALL))
     rows = torch.arange(4)
     passes, whole = gradients(model, objective, task, rows)
     known = {

@@ -809,7 +809,7 @@ def _training_step() -> tuple:  # a model with random weights, and a Batch
     for seed in (3, 4):
         _, input_ids, mask = _padded_batch((6, 4), seed)
         parts.append(Part(torch.arange(2), real_tokens(input_ids, mask)))
-    return tiny_gpt_neo(7, max_length=8, n_layers=2, hidden_size=8, n_heads=2), Batch(*parts)
+    return tiny_gpt_neo(7, max_length=8, n_layers=2, hidden_size=8, n_heads=2), Batch(parts[0], parts[1])
 
 # %% ../../nbs/library/course/exercises.ipynb #73a17daf
 @_exercise("07_the_loop", "implement", 2, 15, "an objective of your own for the loop")

@@ -21,7 +21,7 @@ from ..cle import kl_loss, pair_learning_loss
 from ..errors import require, require_number
 from ..kui import forget_terms, unlearning_loss
 from ..language_model import context_length, predicted_positions, transformer_layers
-from icu_nb.methods.losses import (
+from icu_nb.losses import (
     log_p,
     original_log_probs,
     original_output,

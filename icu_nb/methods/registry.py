@@ -159,10 +159,23 @@ _ICU_PUBLISHED_RULE = dataclasses.replace(
     refinement="published_rule",
     variant_of="icu",
 )
+_ICU_PLUS = Method(
+    "icu_plus",
+    "ICU+",
+    "#08306B",
+    "*",
+    "objective:ICUPlus",
+    refinement="icu",
+    published=_MethodSettings(),
+    tuned=_MethodSettings(3e-4),
+    source="this project",
+    since_paper=True,
+)
 
 _ASCENT = (
     _ICU,
     _ICU_PUBLISHED_RULE,
+    _ICU_PLUS,
     Method(
         "ga",
         "gradient ascent",

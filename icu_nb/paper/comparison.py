@@ -54,7 +54,9 @@ class _Entry:
     seed: int  # of the people, the model and the order of the texts
     learning_rate: float | None = None  # None: the method has none
     settings: dict = field(default_factory=dict)  # of its loss, its step rule or its edit
-    neighbors: str = "nearest"  # see `ICUConfig`
+    neighbors: str = (
+        "nearest"  # see `ICUConfig`; or "mixed": two random texts, of the pool and of general text
+    )
     data: str = "people"  # or "pile<run>"
 
     def to_json(self) -> str:
@@ -198,7 +200,8 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
     "Unlearn by the method's objective, looked at on the way."
     method, setup = get_method(entry.method), case.setup
     seed_everything(entry.seed)  # an adapter begins with random numbers
-    forget = setup.corpus.forget
+    corpus, forget = setup.corpus, setup.corpus.forget
+    mixed = entry.neighbors == "mixed"
     assert entry.learning_rate is not None
     config = ICUConfig(
         learning_rate=entry.learning_rate,
@@ -206,7 +209,8 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
         max_length=setup.max_length,
         seed=entry.seed,
         batch_size=len(forget) if method.name == "kumpr" else 8,
-        neighbors=entry.neighbors,
+        neighbors="redraw" if mixed else entry.neighbors,
+        n_neighbors=2 if mixed else 1,
         check_every=1 if _REFINEMENTS[method.refinement] else _CHECK_EVERY,
     )
     model: Any = copy.deepcopy(setup.original)
@@ -214,7 +218,7 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
         of_people = entry.data == "people"
         n = len(forget)
         alternatives: list | None = (
-            people(n, seed=1000 + entry.seed) if of_people else setup.corpus.general_train[:n]
+            people(n, seed=1000 + entry.seed) if of_people else corpus.general_train[:n]
         )
     else:
         options = {"max_length": setup.max_length, "seed": entry.seed}
@@ -227,9 +231,10 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
         add_lora(model) if method.name == "eul" else model,
         setup.tokenizer,
         forget,
-        setup.corpus.retain,
+        corpus.retain + (corpus.general_train if mixed else []),
         config,
         objective=method.make(**of_loss),
+        heldout=corpus.heldout,
         thresholds=Thresholds(ma=_BELOW * case.depths["deep"], el=1.0),
         refinement=_REFINEMENTS[method.refinement],
         alternatives=alternatives,
@@ -342,6 +347,7 @@ def _run_comparison(
 _KNOBS: dict[str, tuple[str, float]] = {
     "icu": ("beta", 1.0),
     "icu_published_rule": ("beta", 1.0),
+    "icu_plus": ("beta", 1.0),
     "graddiff": ("alpha", 1.0),
     "kl": ("beta", 1.0),
     "llmu": ("beta", 1.0),
@@ -400,7 +406,8 @@ def _entry(method: str, seed: int, setting: _Setting, data: str) -> _Entry:
     settings = {**record.tuned.loss, **record.tuned.rule, **record.tuned.edit}
     if knob is not None:
         settings[_KNOBS[method][0]] = knob
-    return _Entry(method, seed, rate, settings, record.neighbors, data)
+    neighbors = "mixed" if method == "icu_plus" else record.neighbors
+    return _Entry(method, seed, rate, settings, neighbors, data)
 
 
 def _first_setting(method: str) -> _Setting:
