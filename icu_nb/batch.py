@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .language_model import predicted_positions
 from .text import Sequences
 
 # %% ../nbs/library/batch.ipynb #ea7bb291
@@ -41,6 +42,13 @@ class Part:
     ) -> torch.Tensor:  # [B, T, ...]
         "The values at this part's own positions."
         return values[:, : self.input_ids.shape[1]]
+
+    def token_mean(
+        self,
+        values: torch.Tensor,  # [B, T-1], 0 where no token is predicted
+    ) -> torch.Tensor:  # scalar
+        "The mean over the part's tokens, so that the pieces of a step add up to the step."
+        return self.weight * values.sum() / predicted_positions(self.loss_mask).sum().clamp(min=1)
 
 # %% ../nbs/library/batch.ipynb #0c30e4a4
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ __all__ = ['Objective', 'as_objective', 'token_terms', 'ICU', 'GradientAscent', 
 # %% ../nbs/library/objective.ipynb #d8567d81
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from .batch import Batch, Term
 from .cle import kl_loss, neighbor_terms, pair_learning_loss
+from .errors import require
 from .kui import forget_terms, unlearning_loss
 from .language_model import predicted_positions
-from .losses import log_p, per_token, token_mean
+from .losses import log_p, per_token
 from .models.head import head_losses, last_hidden_states, linear_head, states_or_logits
 from .reference import OriginalModel
 
@@ -171,15 +172,20 @@ class ICUPlus(Objective):
     needs_reference: ClassVar = ("neighbor",)
     needs_unseen: ClassVar = True
 
+    def validate(self, model, task: "Task") -> None:
+        problem = "ICU+ asks how likely tokens are in texts never seen, and there are none"
+        remedy = "Give texts of the kind of `forget` that the model has never seen, or objective=ICU()"
+        require(task.unseen is not None, "heldout", problem, remedy)
+
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         def still_known(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             "[n]: h of the nats by which a token is too likely."
-            assert batch.unseen is not None
-            above = (log_p(logits, labels) - batch.unseen[labels]).clamp(min=0)
+            unseen: Any = batch.unseen  # there, see `validate`
+            above = (log_p(logits, labels) - unseen[labels]).clamp(min=0)
             return F.smooth_l1_loss(above, torch.zeros_like(above), reduction="none")
 
         output = states_or_logits(model, batch.together("forget"))
         return {
-            "l_fgt": token_mean(per_token(still_known, batch.forget, output), batch.forget),
+            "l_fgt": batch.forget.token_mean(per_token(still_known, batch.forget, output)),
             **token_terms(model, batch, reference, **neighbor_terms(self.alpha, self.beta)),
         }

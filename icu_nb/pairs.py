@@ -233,6 +233,7 @@ def prepare_task(
     embedder: str | Path | Callable | None = None,  # see `unlearn`
     alternatives: Any = None,  # see `unlearn`
     neighbors: Any = None,  # see `unlearn`
+    heldout: Any = None,  # see `unlearn`; where the objective asks how likely unseen tokens are
 ) -> Task:
     "Check the input, then tokenize it and find the neighbors."
     to_forget = Examples.read(forget, tokenizer, "forget", config.max_length)
@@ -266,6 +267,7 @@ def prepare_task(
         stream=config.neighbors,
         redrawn=config.n_neighbors,
         seed=config.seed,
+        unseen=None if heldout is None else unseen_log_probs(model, tokenizer, heldout, config),
     )
 
 
@@ -337,8 +339,6 @@ def unseen_log_probs(
     config: ICUConfig,  # max_length, eval_batch_size and precision are used
 ) -> torch.Tensor:  # [V], in nats
     "The mean log-probability of each token in texts that the model has never seen."
-    problem = "the objective asks how likely tokens are in texts never seen, and there are none"
-    require(heldout is not None, "heldout", problem, "Give texts of the kind of `forget`, or objective=ICU()")
     sequences = Examples.read(heldout, tokenizer, "heldout", config.max_length).sequences
     embedding: Any = model.get_input_embeddings()
     sums, counts = torch.zeros(2, len(embedding.weight), dtype=torch.float64)

@@ -9,7 +9,6 @@ __all__ = ['train_epoch', 'stop_reason', 'unlearn']
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from .checkpoint import Checkpoints, Progress, names_of, run_identity
 from .config import ICUConfig, refuses_old_names
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
 from .objective import ICU, Objective
-from .pairs import choose_thresholds, prepare_task, unseen_log_probs
+from .pairs import choose_thresholds, prepare_task
 from .plumbing import together
 from .result import UnlearnResult
 from icu_nb.run import (
@@ -158,8 +157,7 @@ def unlearn(
     config: ICUConfig = ICUConfig(),  # the settings
     *,
     heldout: Any = None,  # the same kind as `forget`, never seen by the model: thresholds and ICU+ need it
-    thresholds: Thresholds
-    | None = None,  # instead of those of `heldout`; neither: the published, with a warning
+    thresholds: Thresholds | None = None,  # before those of `heldout`; neither: published ones, a warning
     objective: Objective | Callable | None = None,  # (model, batch, reference) -> named terms; None: `ICU`
     refinement: Callable | None = select_icu,  # (scores, thresholds) -> which texts train next; None: all
     step_rule: StepRule | None = None,  # what changes a step's gradient (`SAM`, `GRU`); None: nothing
@@ -178,10 +176,9 @@ def unlearn(
     plugs = _plugs(objective, refinement, encoder, step_rule)
     with together():
         scorer = BERTScorer(str(encoder)) if encoder else None
-        task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors)
+        held = heldout if getattr(objective, "needs_unseen", False) else None
+        task = prepare_task(model, tokenizer, forget, retain, config, embedder, alternatives, neighbors, held)
         thresholds = choose_thresholds(model, tokenizer, heldout, thresholds, config)
-        if getattr(objective, "needs_unseen", False):
-            task = replace(task, unseen=unseen_log_probs(model, tokenizer, heldout, config))
     # The first process decides for all: others might round otherwise.
     task, thresholds = broadcast_object_list([task, thresholds])
     identity = partial(run_identity, model, task, config, thresholds, plugs)

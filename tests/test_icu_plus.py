@@ -114,7 +114,7 @@ def test_forgetting_stays_where_unseen_texts_are(tiny):
 
 def test_without_heldout_nothing_begins(tiny):
     model = tiny.copy()
-    with pytest.raises(InputError, match="`heldout`: the objective asks how likely"):
+    with pytest.raises(InputError, match=r"`heldout`: ICU\+ asks how likely"):
         start(tiny, model, heldout=None)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny.model.parameters(), strict=True))
 

@@ -23,11 +23,9 @@ from ..kui import forget_terms, unlearning_loss
 from ..language_model import context_length, predicted_positions, transformer_layers
 from icu_nb.losses import (
     log_p,
-    original_log_probs,
     original_output,
     per_token,
     token_log_probs,
-    token_mean,
 )
 from ..models.head import states_or_logits
 from ..objective import Objective, token_terms
@@ -148,6 +146,17 @@ class PO(_NumericObjective):
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #95daa60c
+@torch.no_grad()
+def _original_log_probs(
+    reference: OriginalModel,  # the original model
+    batch: Batch,  # the step's sequences
+    name: str,  # a part that the objective's `needs_reference` names
+) -> torch.Tensor:  # [B, T-1], in nats
+    "Log-probabilities of the true next tokens under the original model."
+    part = getattr(batch, name)
+    return per_token(log_p, part, original_output(reference, name, part))
+
+
 @dataclass(frozen=True)
 class NPO(_NumericObjective):
     "Negative preference: ascent on each text, weaker the less likely the text has become."
@@ -163,10 +172,10 @@ class NPO(_NumericObjective):
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         f, r = token_log_probs(model, batch, "forget", "neighbor")
-        moved = self._of_text(f - original_log_probs(reference, batch, "forget"), batch.forget)
+        moved = self._of_text(f - _original_log_probs(reference, batch, "forget"), batch.forget)
         return {
             "l_fgt": -2 / self.beta * F.logsigmoid(-self.beta * moved).mean(),
-            "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
+            "l_lrn": -self.alpha * batch.neighbor.token_mean(r),
         }
 
 
@@ -193,7 +202,7 @@ class SimNPO(_NumericObjective):
         mean = f.sum(1) / predicted_positions(batch.forget.loss_mask).sum(1).clamp(min=1)
         return {
             "l_fgt": -2 / self.beta * self.weight * F.logsigmoid(-self.beta * mean - self.gamma).mean(),
-            "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
+            "l_lrn": -self.alpha * batch.neighbor.token_mean(r),
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #00ee6065
@@ -217,12 +226,12 @@ class DPO(_NumericObjective):
 
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         f, alternative, r = token_log_probs(model, batch, "forget", "alternative", "neighbor")
-        moved_alternative = alternative.sum(1) - original_log_probs(reference, batch, "alternative").sum(1)
-        moved_forget = f.sum(1) - original_log_probs(reference, batch, "forget").sum(1)
+        moved_alternative = alternative.sum(1) - _original_log_probs(reference, batch, "alternative").sum(1)
+        moved_forget = f.sum(1) - _original_log_probs(reference, batch, "forget").sum(1)
         preference = self.beta * (moved_alternative - moved_forget)
         return {
             "l_fgt": -2 / self.beta * F.logsigmoid(preference).mean(),
-            "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
+            "l_lrn": -self.alpha * batch.neighbor.token_mean(r),
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #3c2f1c93
@@ -282,8 +291,8 @@ class IDK(_NumericObjective):
             batch = dataclasses.replace(batch, forget=_refused(batch))
         idk, r, *others = token_log_probs(model, batch, *names)
         terms = {
-            "l_idk": -token_mean(idk, alternative),
-            "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
+            "l_idk": -alternative.token_mean(idk),
+            "l_lrn": -self.alpha * batch.neighbor.token_mean(r),
         }
         for idk_of_r in others:
             answered = predicted_positions(batch.neighbor.sequences.halved().loss_mask)
@@ -338,8 +347,8 @@ class JensUn(_NumericObjective):
         forget = per_token(self._from_token, target, (target.cut(f), head))
         near = per_token(self._from_original, batch.neighbor, (batch.neighbor.cut(r), head), original)
         return {
-            "l_fgt": self.gamma * token_mean(forget, target),
-            "l_near": self.alpha * token_mean(near, batch.neighbor),
+            "l_fgt": self.gamma * target.token_mean(forget),
+            "l_near": self.alpha * batch.neighbor.token_mean(near),
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #2c712f6d
@@ -354,8 +363,8 @@ class WGA(_NumericObjective):
         f, r = token_log_probs(model, batch, "forget", "neighbor")
         known = f.detach().exp() ** self.beta
         return {
-            "l_fgt": token_mean(known * f, batch.forget),
-            "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
+            "l_fgt": batch.forget.token_mean(known * f),
+            "l_lrn": -self.alpha * batch.neighbor.token_mean(r),
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #49ce957c
@@ -372,8 +381,8 @@ class SatImp(_NumericObjective):
         f, r = token_log_probs(model, batch, "forget", "neighbor")
         p = f.detach().exp()
         return {
-            "l_fgt": self.weight * token_mean(p**self.beta1 * (1 - p) ** self.beta2 * f, batch.forget),
-            "l_lrn": -self.alpha * token_mean(r, batch.neighbor),
+            "l_fgt": self.weight * batch.forget.token_mean(p**self.beta1 * (1 - p) ** self.beta2 * f),
+            "l_lrn": -self.alpha * batch.neighbor.token_mean(r),
         }
 
 # %% ../../nbs/library/methods/objectives.ipynb #d8b8ea89
@@ -394,7 +403,7 @@ class UNDIAL(_NumericObjective):
         states, head = states_or_logits(model, batch.together("forget"))
         original = original_output(reference, "forget", batch.forget)
         values = per_token(self._distance, batch.forget, (states, head), original)
-        return {"l_fgt": token_mean(values, batch.forget)}
+        return {"l_fgt": batch.forget.token_mean(values)}
 
 # %% ../../nbs/library/methods/objectives.ipynb #f1fee4c4
 def _without_first(part: Part, skip: int) -> Part:
@@ -427,7 +436,7 @@ class CEU(_NumericObjective):
     def __call__(self, model, batch: Batch, reference: OriginalModel) -> dict[str, torch.Tensor]:
         states, head = states_or_logits(model, batch.together("forget"))
         part = _without_first(batch.forget, self.skip)
-        return {"l_fgt": token_mean(per_token(self._distance, part, (states, head)), part)}
+        return {"l_fgt": part.token_mean(per_token(self._distance, part, (states, head)))}
 
 # %% ../../nbs/library/methods/objectives.ipynb #5cff7352
 def _layer_states(model: "PreTrainedModel | PeftModel", sequences: Sequences, layer: int) -> torch.Tensor:
