@@ -657,6 +657,19 @@ def test_the_tiny_original_is_that_of_all_notebooks(cache, monkeypatch):
     )
 
 
+def test_halves_of_a_run_share_nothing(shared_data):
+    halves = [paper_setup._read_texts(f"pile1{half}", 64, 5, str(shared_data)) for half in "ab"]
+    (first, others), (second, same) = halves
+    assert len(first.forget) == 64 and first.forget == same and second.forget == others
+    assert not {*first.forget, *first.heldout} & {*second.forget, *second.heldout}
+    assert len(first.heldout) > 30 and first.retain == second.retain
+
+
+def test_others_are_people_whom_nobody_knows():
+    corpus, others = paper_setup._read_texts("people", 8, 3, None)
+    assert len(others) == 8 and not set(others) & {*corpus.forget, *corpus.retain, *corpus.heldout}
+
+
 def test_the_large_model_trains_until_it_knows_its_texts(tiny, monkeypatch):
     passes = []
     monkeypatch.setattr(paper_setup, "memorize", lambda *_, seed, **__: passes.append(seed))

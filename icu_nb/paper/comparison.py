@@ -54,10 +54,8 @@ class _Entry:
     seed: int  # of the people, the model and the order of the texts
     learning_rate: float | None = None  # None: the method has none
     settings: dict = field(default_factory=dict)  # of its loss, its step rule or its edit
-    neighbors: str = (
-        "nearest"  # see `ICUConfig`; or "mixed": two random texts, of the pool and of general text
-    )
-    data: str = "people"  # or "pile<run>"
+    neighbors: str = "nearest"  # see `ICUConfig`; or "mixed": one of two random texts is general
+    data: str = "people"  # see `prepare_setup`
 
     def to_json(self) -> str:
         "What tells it from other runs of the method and seed."
@@ -80,7 +78,7 @@ class _Case:
 
     setup: Setup
     depths: dict[str, float]  # the MA of shallow and deep
-    replaced: "PreTrainedModel"  # retrained with other people in place of those to forget
+    replaced: "PreTrainedModel"  # retrained with others in place of the texts to forget
 
     @classmethod
     def of(cls, data: str, seed: int, recorded: bool = False) -> "_Case":
@@ -103,14 +101,13 @@ class _Case:
 
 
 def _retrain_with_others(setup: Setup) -> "PreTrainedModel":
-    "A model that has memorized other people in place of those to forget; the same texts otherwise."
+    "A model that has memorized other texts in place of those to forget; the rest is the same."
     corpus = setup.corpus
     assert setup.fresh_model is not None
     model = setup.fresh_model(setup.seed)
-    others = people(len(corpus.forget), seed=5000 + setup.seed)
     recipe: dict[str, Any] = {"epochs": corpus.epochs, "repeats": corpus.repeats, "seed": setup.seed}
     background = corpus.retain + corpus.general_train
-    memorize(model, setup.tokenizer, others, background, max_length=setup.max_length, **recipe)
+    memorize(model, setup.tokenizer, setup.others, background, max_length=setup.max_length, **recipe)
     return model
 
 # %% ../../nbs/library/paper/comparison.ipynb #4cc1dc21
@@ -231,7 +228,7 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
         add_lora(model) if method.name == "eul" else model,
         setup.tokenizer,
         forget,
-        corpus.retain + (corpus.general_train if mixed else []),
+        corpus.retain + corpus.general_train[: len(corpus.retain) if mixed else 0],
         config,
         objective=method.make(**of_loss),
         heldout=corpus.heldout,

@@ -35,7 +35,7 @@ from transformers import (
 from ..config import ICUConfig
 from ..data.corpus import Corpus
 from ..data.general import general_split
-from ..data.people import people_corpus
+from ..data.people import people, people_corpus
 from ..data.pile import gpt2_tokenizer, pile_corpus
 from ..embedding import model_embedder, sentence_embedder
 from ..errors import InputError, require
@@ -261,6 +261,7 @@ class Setup:
     retrain: Callable[[], PreTrainedModel] | None = None  # a model trained without the forget texts
     seconds: float = 0.0  # how long it took
     embedder: str | None = None  # an encoder for the neighbors; None: the model's own hidden states
+    others: list[str] = field(default_factory=list)  # of the kind of the forget texts, seen by no model
     updates: "tempfile.TemporaryDirectory | None" = None  # recorded while the original was trained
 
     @cached_property
@@ -422,9 +423,27 @@ def _tiny_setup(
     )
 
 
+def _half_of_a_run(data: str, data_dir: str | None) -> tuple[Corpus, list[str]]:
+    "One half of the 128 sequences of a run is to be forgotten; and the other half."
+    corpus = pile_corpus(128, int(data[len("pile") : -1]), 0, data_dir)
+    number = "ab".index(data[-1])
+    forget, heldout = ([texts[::2], texts[1::2]] for texts in (corpus.forget, corpus.heldout))
+    half = dataclasses.replace(corpus, forget=forget[number], heldout=heldout[number])
+    return half, forget[1 - number]
+
+
+def _read_texts(data: str, n_forget: int, seed: int, data_dir: str | None) -> tuple[Corpus, list[str]]:
+    "The texts of a run, and others of the kind of those to forget."
+    if data == "people":
+        return people_corpus(n_forget, seed=seed), people(n_forget, seed=5000 + seed)
+    if data.endswith(("a", "b")):
+        return _half_of_a_run(data, data_dir)
+    return pile_corpus(n_forget, int(data.removeprefix("pile")), seed, data_dir), []
+
+
 @functools.lru_cache(maxsize=1)
 def prepare_setup(
-    data: str,  # "people" or "pile<run>"
+    data: str,  # "people", "pile<run>", or "pile<run>a" and "pile<run>b", its halves of 64
     model: str,  # "tiny gpt-neo", a key of `_ARCHITECTURES`, or a name on the Hub
     seed: int,  # of texts and weights
     n_forget: int,  # texts to forget
@@ -435,10 +454,7 @@ def prepare_setup(
 ) -> Setup:
     "Texts and memorized model of a run; the last ones asked for are kept."
     began = time.perf_counter()
-    if data == "people":
-        corpus = people_corpus(n_forget, seed=seed)
-    else:
-        corpus = pile_corpus(n_forget, int(data.removeprefix("pile")), seed, files.data_dir)
+    corpus, others = _read_texts(data, n_forget, seed, files.data_dir)
     if model == _SCRATCH:
         setup = _setup_from_scratch(corpus, seed, max_length, files, embedder)
     elif model == "tiny gpt-neo" or model in _ARCHITECTURES:
@@ -446,5 +462,6 @@ def prepare_setup(
     else:
         original, tokenizer = load_model(model)
         setup = Setup(corpus, original, tokenizer, seed, max_length, embedder=embedder)
+    setup.others = others
     setup.seconds = time.perf_counter() - began
     return setup
