@@ -91,7 +91,7 @@ def test_looks_change_nothing(case, tiny):
 def test_what_is_stored_is_not_made_again(tmp_path, monkeypatch):
     made = []
 
-    def row(entry):
+    def row(entry, audited):
         made.append(entry)
         facts = {"method": entry.method, "data": entry.data, "seed": entry.seed}
         return {**facts, "settings": entry.to_json(), "deep_score": entry.learning_rate}
@@ -130,7 +130,7 @@ def test_a_method_without_numbers_has_one_setting():
 
 
 def test_a_depth_missed_on_one_seed_comes_last(tmp_path, monkeypatch):
-    def row(entry):
+    def row(entry, audited):
         missed = entry.seed == 101 and entry.learning_rate < 1e-4
         facts = {"method": entry.method, "data": entry.data, "seed": entry.seed}
         return {**facts, "settings": entry.to_json(), "deep_score": math.nan if missed else 1.0}
@@ -164,3 +164,79 @@ def test_a_test_row_says_what_attacks_find(case, tiny, monkeypatch):
     row = comparison._row(_Entry("ga", 0, 5e-3), audited=True)
     names = ("auc_loss", "auc_min-k", "answered", "relearned_ma")
     assert all(0 <= row[f"{depth}_{name}"] <= 1 for depth in ("shallow", "deep") for name in names)
+
+
+# ---- locked, and tested ----
+
+
+def trials(tmp_path):
+    """Six methods of a trial or two on two seeds."""
+    rows = []
+    scores = {
+        "icu": [0.9, 0.7],
+        "ga": [math.nan, 1.5],
+        "npo": [0.2],
+        "rmu": [0.3],
+        "simnpo": [0.4],
+        "wga": [0.5],
+        "kl": [0.6],
+        "po": [math.nan, math.nan],
+    }
+    for method, found in scores.items():
+        for number, score in enumerate(found):
+            settings = _Entry(method, 0, 1e-4 * (number + 1), {"beta": 2.0}, "redraw").to_json()
+            for seed in (100, 101):
+                missed = method == "po" or (method == "icu" and number == 1 and seed == 101)
+                row = {"method": method, "data": "people", "seed": seed, "settings": settings}
+                value = math.nan if missed else score
+                rows.append({**row, "deep_score": value, "shallow_score": value})
+    pd.DataFrame(rows).to_csv(tmp_path / "trials.csv", index=False)
+    return comparison._lock(tmp_path / "trials.csv", tmp_path / "locked.json")
+
+
+def test_the_best_trial_on_both_seeds_is_locked(tmp_path):
+    locked = trials(tmp_path)
+    assert json.loads((tmp_path / "locked.json").read_text()) == locked
+    assert locked["finalists"] == ["icu", "npo", "rmu", "simnpo", "wga", "kl"]  # the five best others
+    best = {method: json.loads(row["settings"])["learning_rate"] for method, row in locked["best"].items()}
+    assert best["icu"] == 1e-4  # the other trial missed the depth on a seed
+    assert best["ga"] == best["po"] == 2e-4  # where nothing is deep enough, the larger rate
+    assert locked["best"]["po"]["deep_score"] is None and locked["best"]["icu"]["n_trials"] == 2
+
+
+def test_what_is_locked_is_tested_once(tmp_path, monkeypatch):
+    locked = trials(tmp_path)
+    made = []
+
+    def row(entry, audited):
+        made.append(entry)
+        facts = {"method": entry.method, "data": entry.data, "seed": entry.seed}
+        return {**facts, "settings": entry.to_json(), "audited": audited}
+
+    monkeypatch.setattr(comparison, "_row", row)
+    path = tmp_path / "rows.csv"
+    for _ in range(2):
+        comparison._test(path, locked, ["original", "npo"], [200, 201])
+    comparison._test(path, locked, ["npo"], [200], "pile0a", "mixed")
+    rows = pd.read_csv(path)
+    assert len(made) == len(rows) == 5 and rows.audited.all()
+    assert [(entry.method, entry.seed) for entry in made[:2]] == [("original", 200), ("npo", 200)]
+    assert made[1] == _Entry("npo", 200, 1e-4, {"beta": 2.0}, "redraw")
+    assert made[-1] == _Entry("npo", 200, 1e-4, {"beta": 2.0}, "mixed", "pile0a")
+
+
+def test_the_commands(tmp_path, monkeypatch):
+    called = []
+    for name in ("_tune", "_lock", "_test"):
+        monkeypatch.setattr(comparison, name, lambda *given, name=name: called.append((name, *given)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures/data").mkdir(parents=True)
+    stored = {"finalists": ["icu"], "best": {}}
+    (tmp_path / "figures/data/comparison_settings.json").write_text(json.dumps(stored))
+    for words in ("tune npo --trials 12", "lock", "test", "test npo --seeds 200 --neighbors mixed"):
+        monkeypatch.setattr("sys.argv", ["comparison", *words.split()])
+        assert comparison._main() == 0
+    assert [call[0] for call in called] == ["_tune", "_lock", "_test", "_test"]
+    assert called[0][2:] == ("npo", 12)
+    assert called[2][3:] == (["icu"], range(200, 212), "people", None)
+    assert called[3][3:] == (["npo"], [200], "people", "mixed")

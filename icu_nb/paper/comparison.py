@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from ..models.tiny import memorize
 from .edited_models import edited_model
 from .rows import put_row
 from .setup import Setup, prepare_setup
-from ..plumbing import seed_everything
+from ..plumbing import seed_everything, write_json
 from ..run import Run, StepRule
 from ..text import tokenize
 from ..unlearn import unlearn
@@ -61,6 +61,13 @@ class _Entry:
         "What tells it from other runs of the method and seed."
         facts = {"learning_rate": self.learning_rate, "neighbors": self.neighbors, **self.settings}
         return json.dumps(facts, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, method: str, seed: int, data: str) -> "_Entry":
+        "The run with the settings of another one."
+        facts = json.loads(text)
+        rate, neighbors = facts.pop("learning_rate"), facts.pop("neighbors")
+        return cls(method, seed, rate, facts, neighbors, data)
 
 # %% ../../nbs/library/paper/comparison.ipynb #67c1f50c
 _MEMBERSHIP = ["loss", "min-k %"]
@@ -329,13 +336,14 @@ def _stored_row(path: Path, entry: _Entry) -> dict[str, Any] | None:
 def _run_comparison(
     path: Path,  # the rows; it grows row by row
     entries: Iterable[_Entry],  # what is to be there
+    audited: bool = False,  # with what attacks find
 ) -> list[dict[str, Any]]:  # their rows
     "Make the rows that are not there yet."
     found = []
     for entry in entries:
         if _stored_row(path, entry) is None:
             print(entry.method, entry.data, entry.seed, entry.to_json(), flush=True)
-            put_row(_row(entry), path, _IDENTITY)
+            put_row(_row(entry, audited), path, _IDENTITY)
         found.append(_stored_row(path, entry))
     return [row for row in found if row is not None]
 
@@ -436,18 +444,78 @@ def _tune(
         tried[setting] = math.inf if math.isnan(score) else score
     return tried
 
+# %% ../../nbs/library/paper/comparison.ipynb #9a4ff30b
+_FAMILY = ("icu", "icu_published_rule", "icu_plus")
+_DATA = Path("figures/data")
+
+
+def _lock(
+    trials: Path,  # the rows of tuning
+    path: Path,  # what is locked, a JSON file
+) -> dict[str, Any]:  # finalists; best: method -> settings, scores, number of trials
+    "Write down each method's best trial, by the deep score, then the shallow one, then the larger rate."
+    rows = pd.read_csv(trials).query("data == 'people' and method not in ('original', 'retrained')")
+    scores = ["deep_score", "shallow_score"]
+    rows[scores] = rows[scores].fillna(math.inf)
+    means = rows.groupby(["method", "settings"])[scores].mean().reset_index()
+    rates = means.settings.map(lambda text: -(json.loads(text)["learning_rate"] or 0.0))
+    ranked = means.assign(rate=rates).sort_values([*scores, "rate"]).drop(columns="rate")
+    best = ranked.groupby("method", sort=False).head(1).set_index("method")
+    best["n_trials"] = means.method.value_counts()
+    others = [name for name in best.index if name not in _FAMILY][:5]
+    table = best.replace(math.inf, None).to_dict("index")
+    locked = {"finalists": [*(name for name in _FAMILY if name in table), *others], "best": table}
+    write_json(path, locked)
+    return locked
+
+
+def _test(
+    path: Path,  # the rows; it grows row by row
+    locked: dict[str, Any],  # from `_lock`
+    methods: Iterable[str],  # which ones
+    seeds: Iterable[int],  # that nothing has used before
+    data: str = "people",  # see `_Entry`
+    neighbors: str | None = None,  # the same for all, or each method's own
+) -> None:
+    "Run what is locked."
+    for seed in seeds:  # one seed's models serve all methods
+        for method in methods:
+            yardstick = method in ("original", "retrained")
+            settings = _Entry(method, seed).to_json() if yardstick else locked["best"][method]["settings"]
+            entry = _Entry.from_json(settings, method, seed, data)
+            if neighbors and not yardstick:
+                entry = replace(entry, neighbors=neighbors)
+            _run_comparison(path, [entry], audited=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m icu_nb.paper.comparison", description="Makes the rows of the comparison of methods."
+    )
+    parser.add_argument("what", choices=("tune", "lock", "test"), help="lock: write down the best trials")
+    parser.add_argument("methods", nargs="*", help="keys of `METHODS` (test; default: the finalists)")
+    parser.add_argument("--trials", type=int, default=4, help="tune: settings per method (default: 4)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="test: which ones (default: 200 to 211)")
+    parser.add_argument("--data", default="people", help="test: people, or pile0a, pile0b and so on")
+    parser.add_argument("--neighbors", help="test: the same stream for all, see `ICUConfig`, or mixed")
+    parser.add_argument("--rows", type=Path, help="where the rows go (default: in figures/data)")
+    return parser
+
 
 def _main() -> int:
     "`python -m icu_nb.paper.comparison`: see --help."
-    parser = argparse.ArgumentParser(
-        prog="python -m icu_nb.paper.comparison", description="Tunes methods of the comparison."
-    )
-    parser.add_argument("methods", nargs="+", help="which ones: keys of `METHODS`")
-    parser.add_argument("--trials", type=int, default=4, help="settings per method (default: 4)")
-    parser.add_argument("--rows", type=Path, default=Path("figures/data/comparison_trials.csv"))
-    args = parser.parse_args()
-    for method in args.methods:
-        _tune(args.rows, get_method(method).name, args.trials)
+    args = _parser().parse_args()
+    trials, settings = _DATA / "comparison_trials.csv", _DATA / "comparison_settings.json"
+    if args.what == "lock":
+        _lock(args.rows or trials, settings)
+    elif args.what == "tune":
+        for method in args.methods:
+            _tune(args.rows or trials, get_method(method).name, args.trials)
+    else:
+        locked = json.loads(settings.read_text(encoding="utf-8"))
+        methods = args.methods or locked["finalists"]
+        rows, seeds = args.rows or _DATA / "comparison.csv", args.seeds or range(200, 212)
+        _test(rows, locked, methods, seeds, args.data, args.neighbors)
     return 0
 
 
