@@ -50,7 +50,9 @@ _SETTINGS = (
     "checkpoint_every",
     "max_length",
     "el_n",
+    "neighbors",
     "n_neighbors",
+    "bounded",
     "alpha",
     "beta",
     "seed",
@@ -102,7 +104,8 @@ _FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {"metavar": "FILE"},
     ),
     "heldout": (
-        "texts of the same kind that the model never saw, for the thresholds; left out: the published ones",
+        "texts of the same kind that the model never saw, for the thresholds and ICU+; left out: the"
+        " published thresholds, and ICU",
         {"metavar": "FILE"},
     ),
     "column": (
@@ -165,6 +168,8 @@ def _setting_option(name: str) -> tuple[str, dict[str, Any]]:
     kind = typing.get_type_hints(ICUConfig)[name]
     if kind is bool:
         return about, {"action": "store_true"}
+    if bool in typing.get_args(kind):
+        return about, {"action": argparse.BooleanOptionalAction}
     words = [word for word in field.metadata["choices"] if word]
     if words:
         return about, {"choices": words, "default": field.default}

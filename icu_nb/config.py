@@ -7,8 +7,9 @@ __all__ = ['NEW_NAMES', 'refuses_old_names', 'ICUConfig']
 
 # %% ../nbs/library/config.ipynb #6a41c604
 import functools
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 from .errors import require, require_number
@@ -60,7 +61,16 @@ class ICUConfig:
 
     alpha: float = _setting(0.5, "weight of L_lrn")
     beta: float = _setting(1.0, "weight of L_kl")
-    learning_rate: float = _setting(5e-6, "Adam's learning rate")
+    learning_rate: float | None = _setting(
+        None,
+        "Adam's learning rate; None: 5e-6, as in the paper, or of ICU+ by the model's size: 1e-3 up to 10"
+        " million weights, 2e-4 up to a billion, 5e-6 above; 5 times as much for an adapter",
+    )
+    bounded: bool | None = _setting(
+        None,
+        "push a token down only until it is as likely as in held-out texts (ICU+); False: without end (ICU);"
+        " None: ICU+ where there are held-out texts",
+    )
     batch_size: int = _setting(8, "forget sequences per step")
     micro_batch_size: int | None = _setting(
         None,
@@ -77,12 +87,13 @@ class ICUConfig:
     )
     el_n: int = _setting(10, "EL's n-gram size")
     el_start: int | None = _setting(None, "EL's first offset; None: 3/4 of the real length")
-    n_neighbors: int = _setting(1, "neighbors per forget text")
-    neighbors: str = _setting(
-        "nearest",
-        'which texts of the pool a step learns beside a forget text: its n_neighbors nearest ones; "rotate":'
-        ' one of these, another in each epoch; "redraw": n_neighbors random ones, others at every step',
-        choices=("nearest", "rotate", "redraw"),
+    n_neighbors: int | None = _setting(None, "neighbors per forget text; None: 1, or 2 with redraw")
+    neighbors: str | None = _setting(
+        None,
+        'which texts of the pool a step learns beside a forget text: "nearest": its n_neighbors nearest ones;'
+        ' "rotate": one of these, another in each epoch; "redraw": n_neighbors random ones, others at every'
+        " step; None: redraw with ICU+, else nearest",
+        choices=(None, "nearest", "rotate", "redraw"),
     )
     max_overlap: float = _setting(
         0.5,
@@ -124,14 +135,18 @@ class ICUConfig:
     )
 
     def __post_init__(self):
-        for name in ("alpha", "beta", "learning_rate"):
+        for name in ("alpha", "beta"):
             self._check_number(name)
+        if self.learning_rate is not None:
+            self._check_number("learning_rate", otherwise="None, or ")
+        known = self.bounded in (None, True, False)
+        require(known, "bounded", f"{self.bounded!r} is not known", "Use True, False or None")
         self._check_number("max_overlap", high=1.0)
         self._check_number("seed", high=2**32 - 1, whole=True)  # NumPy's range
         for name in _COUNTS:
             self._check_number(name, 1, whole=True)
         self._check_number("check_sample", 2, whole=True)
-        for name in ("max_length", "el_start", "check_steps", "micro_batch_size"):
+        for name in ("max_length", "el_start", "check_steps", "micro_batch_size", "n_neighbors"):
             if getattr(self, name) is not None:
                 self._check_number(name, 1, whole=True, otherwise="None, or ")
         if self.max_grad_norm is not None:
@@ -150,17 +165,52 @@ class ICUConfig:
     @classmethod
     def paper(cls) -> "ICUConfig":
         "The settings of the paper's public code; it goes with `select_published_rule` and an encoder."
-        return cls(max_length=200, max_overlap=1.0, max_grad_norm=None, stop="all_forgotten")
+        return cls(
+            learning_rate=5e-6,
+            bounded=False,
+            neighbors="nearest",
+            n_neighbors=1,
+            max_length=200,
+            max_overlap=1.0,
+            max_grad_norm=None,
+            stop="all_forgotten",
+        )
+
+    def stream(
+        self,
+        bounded: bool,  # whether the objective is ICU+
+        ready: bool = False,  # whether the neighbors are given
+    ) -> tuple[str, int]:  # neighbors, n_neighbors
+        "Which neighbors, and how many, with what was left open filled in."
+        neighbors = self.neighbors or ("redraw" if bounded and not ready else "nearest")
+        return neighbors, self.n_neighbors or (2 if neighbors == "redraw" else 1)
+
+    def complete(
+        self,
+        bounded: bool,  # whether the objective is ICU+
+        ready: bool,  # whether the neighbors are given
+        weights: int,  # of the model
+        adapter: bool = False,  # whether an adapter trains instead of them
+    ) -> "ICUConfig":
+        "The settings with what was left open filled in."
+        rate = self.learning_rate
+        if rate is None:
+            rate = 5e-6
+            if bounded:
+                rate = next(at for most, at in _RATES if weights <= most) * (5 if adapter else 1)
+        neighbors, number = self.stream(bounded, ready)
+        chosen: dict[str, Any] = {"learning_rate": rate, "neighbors": neighbors, "n_neighbors": number}
+        return replace(self, bounded=bounded, **chosen)
 
 
 # Around `__init__`, whose signature help and completion go on showing.
 ICUConfig.__init__ = refuses_old_names(ICUConfig.__init__)  # type: ignore[method-assign]
 
+_RATES = [(1e7, 1e-3), (1e9, 2e-4), (math.inf, 5e-6)]  # ICU+: weights, learning rate; the last not tried
 _COUNTS = (
     "batch_size",
     "max_epochs",
     "el_n",
-    "n_neighbors",
     "num_beams",
     "check_every",
     "checkpoint_every",

@@ -173,13 +173,13 @@ def _compared(examples: Examples, rows: Iterable[int], tokenizer) -> list[str]:
 
 
 def _find_neighbors(
-    model, tokenizer, forget: Examples, retain: Examples, kept: list[int], config: ICUConfig, embedder
+    model, tokenizer, forget: Examples, retain: Examples, kept: list[int], config: ICUConfig, k: int, embedder
 ) -> np.ndarray:
     "IntArray [n, k]: for each forget text its nearest in `retain`."
     require(
-        len(kept) >= config.n_neighbors,
+        len(kept) >= k,
         "retain",
-        f"{len(kept)} texts are left, fewer than n_neighbors={config.n_neighbors}",
+        f"{len(kept)} texts are left, fewer than n_neighbors={k}",
         "Give more retain texts, or a smaller n_neighbors",
     )
     if isinstance(embedder, (str, Path)):
@@ -192,7 +192,7 @@ def _find_neighbors(
     uncached = embedder.uncached if isinstance(embedder, Embedder) else embedder
     queries = embed_checked(uncached, _compared(forget, range(len(forget.trained)), tokenizer))
     texts = [retain.trained[j] for j in kept]
-    found = choose_neighbors(queries, pool, forget.trained, texts, config.n_neighbors, config.max_overlap)
+    found = choose_neighbors(queries, pool, forget.trained, texts, k, config.max_overlap)
     return np.array(kept)[found]
 
 
@@ -236,6 +236,7 @@ def prepare_task(
     heldout: Any = None,  # see `unlearn`; where the objective asks how likely unseen tokens are
 ) -> Task:
     "Check the input, then tokenize it and find the neighbors."
+    stream, k = config.stream(heldout is not None, neighbors is not None)
     to_forget = Examples.read(forget, tokenizer, "forget", config.max_length)
     check_fit(model, tokenizer, to_forget.sequences, config)
     # Neighbors need not be longer than what is forgotten; but answers stand behind prompts of any length.
@@ -247,7 +248,7 @@ def prepare_task(
         instead = Examples.read(alternatives, tokenizer, "alternatives", limit, longest)
         _check_alternatives(to_forget.sequences, instead.sequences)
     kept = _keep_apart(to_forget.trained, pool.trained)
-    redraw = config.neighbors == "redraw"
+    redraw = stream == "redraw"
     if neighbors is not None:
         require(not redraw, "neighbors", "with redraw there are no ready ones", "Leave one of the two out")
         pairs = _check_neighbors(neighbors, len(to_forget.trained), len(pool.trained), kept)
@@ -257,15 +258,15 @@ def prepare_task(
         kept = _without_repeats(to_forget.trained, pool.trained, kept, config.max_overlap)
         pairs = np.empty((len(to_forget.trained), 0), dtype=np.int64)
     else:
-        pairs = _find_neighbors(model, tokenizer, to_forget, pool, kept, config, embedder)
+        pairs = _find_neighbors(model, tokenizer, to_forget, pool, kept, config, k, embedder)
     return Task(
         forget=to_forget.sequences,
         neighbors=pool.sequences[kept if redraw else pairs.flatten().tolist()],
         pairs=pairs,
         hashes=[_text_hash(text) for text in to_forget.whole],
         alternatives=None if instead is None else instead.sequences,
-        stream=config.neighbors,
-        redrawn=config.n_neighbors,
+        stream=stream,
+        redrawn=k,
         seed=config.seed,
         unseen=None if heldout is None else unseen_log_probs(model, tokenizer, heldout, config),
     )

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 from .checkpoint import Checkpoints, Progress, names_of, run_identity
 from .config import ICUConfig, refuses_old_names
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
-from .objective import ICU, Objective
+from .language_model import without_adapter
+from .objective import ICU, ICUPlus, Objective
 from .pairs import choose_thresholds, prepare_task
 from .plumbing import together
 from .result import UnlearnResult
@@ -141,6 +142,16 @@ def _call_back(callback: Callable | None, model: Any, row: dict) -> None:
     if callback is not None:
         row.update(callback(model, row) or {})
 
+# %% ../nbs/learn/07_the_loop.ipynb #cf994e01
+def _recipe(model, config: ICUConfig, objective: Any, heldout: Any, pairs: Any) -> tuple[Any, ICUConfig]:
+    "Objective and settings with what was left open: ICU+ where there are held-out texts, else ICU."
+    bounded = heldout is not None if config.bounded is None else config.bounded
+    if objective is None:
+        objective = (ICUPlus if bounded else ICU)(config.alpha, config.beta)
+    weights = sum(p.numel() for p in without_adapter(model).parameters())
+    is_plus, adapter = getattr(objective, "needs_unseen", False), hasattr(model, "disable_adapter")
+    return objective, config.complete(is_plus, pairs is not None, weights, adapter)
+
 # %% ../nbs/learn/07_the_loop.ipynb #78dde801
 def _plugs(objective: Any, refinement: Any, encoder: Any, step_rule: StepRule | None) -> dict[str, Any]:
     "The exchangeable parts by which a run is told from others; a step rule only where there is one."
@@ -158,7 +169,9 @@ def unlearn(
     *,
     heldout: Any = None,  # the same kind as `forget`, never seen by the model: thresholds and ICU+ need it
     thresholds: Thresholds | None = None,  # before those of `heldout`; neither: published ones, a warning
-    objective: Objective | Callable | None = None,  # (model, batch, reference) -> named terms; None: `ICU`
+    objective: Objective
+    | Callable
+    | None = None,  # (model, batch, reference) -> named terms; None: ICU+ or ICU
     refinement: Callable | None = select_icu,  # (scores, thresholds) -> which texts train next; None: all
     step_rule: StepRule | None = None,  # what changes a step's gradient (`SAM`, `GRU`); None: nothing
     neighbors: Any = None,  # ready pairs: integers [n, k], indices into `retain`; None: the nearest texts
@@ -172,7 +185,7 @@ def unlearn(
 ) -> UnlearnResult:
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
-    objective = objective or ICU(config.alpha, config.beta)
+    objective, config = _recipe(model, config, objective, heldout, neighbors)
     plugs = _plugs(objective, refinement, encoder, step_rule)
     with together():
         scorer = BERTScorer(str(encoder)) if encoder else None

@@ -7,11 +7,12 @@ import torch
 from test_unlearn import NEVER
 
 from icu_nb.batch import Batch, Part
+from icu_nb.config import ICUConfig
 from icu_nb.errors import InputError
 from icu_nb.iur import Thresholds
 from icu_nb.methods.registry import get_method
 from icu_nb.metrics import memorization_accuracy
-from icu_nb.objective import ICU, ICUPlus
+from icu_nb.objective import ICU, GradientAscent, ICUPlus
 from icu_nb.pairs import unseen_log_probs
 from icu_nb.reference import OriginalModel
 from icu_nb.text import pad
@@ -140,3 +141,51 @@ def test_it_stands_in_the_registry():
     method = get_method("icu_plus")
     assert method.make(beta=2.0) == ICUPlus(beta=2.0) and method.make() == ICUPlus()
     assert method.label == "ICU+" and method.neighbors == "redraw" and method.refinement == "icu"
+
+
+# ---- the default ----
+
+
+def by_default(tiny, **options):
+    """What a run with one epoch and nothing chosen is made of."""
+    settings = {"max_length": 48, "max_epochs": 1, **options.pop("settings", {})}
+    texts = (tiny.forget, tiny.retain)
+    result = unlearn(tiny.copy(), tiny.tokenizer, *texts, ICUConfig(**settings), thresholds=NEVER, **options)
+    found = result.config
+    objective = result.plugs["objective"].split("(")[0]
+    return objective, found.learning_rate, found.neighbors, found.n_neighbors, found.bounded
+
+
+@pytest.mark.filterwarnings("ignore:Neither")
+def test_with_heldout_texts_it_is_the_default(tiny):
+    assert by_default(tiny, heldout=tiny.heldout) == ("ICUPlus", 1e-3, "redraw", 2, True)
+    assert by_default(tiny) == ("ICU", 5e-6, "nearest", 1, False)
+
+
+def test_what_is_chosen_stays(tiny):
+    chosen = {"learning_rate": 2e-4, "neighbors": "rotate", "n_neighbors": 3}
+    assert by_default(tiny, heldout=tiny.heldout, settings=chosen) == ("ICUPlus", 2e-4, "rotate", 3, True)
+    papers = {"bounded": False}
+    assert by_default(tiny, heldout=tiny.heldout, settings=papers) == ("ICU", 5e-6, "nearest", 1, False)
+    own = by_default(tiny, heldout=tiny.heldout, objective=GradientAscent())
+    assert own == ("GradientAscent", 5e-6, "nearest", 1, False)
+    pairs = [[i, i + 1] for i in range(len(tiny.forget))]
+    ready = by_default(tiny, heldout=tiny.heldout, neighbors=pairs)
+    assert ready == ("ICUPlus", 1e-3, "nearest", 1, True)
+
+
+def test_it_needs_heldout_texts_where_it_is_asked_for(tiny):
+    with pytest.raises(InputError, match="`heldout`"):
+        by_default(tiny, settings={"bounded": True})
+    with pytest.raises(InputError, match="`bounded`"):
+        ICUConfig(bounded="yes")
+
+
+def test_the_learning_rate_goes_by_the_models_size():
+    def rate(weights, **options):
+        return ICUConfig().complete(True, False, weights, **options).learning_rate
+
+    sizes = (10**6, 135 * 10**6, 7 * 10**9)
+    assert [rate(size) for size in sizes] == sorted(map(rate, sizes), reverse=True)
+    assert rate(10**6) == 1e-3 and rate(7 * 10**9) == ICUConfig.paper().learning_rate
+    assert rate(135 * 10**6, adapter=True) == 5 * rate(135 * 10**6)
