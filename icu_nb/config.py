@@ -185,6 +185,17 @@ class ICUConfig:
         neighbors = self.neighbors or ("redraw" if bounded and not ready else "nearest")
         return neighbors, self.n_neighbors or (2 if neighbors == "redraw" else 1)
 
+    def rate(
+        self,
+        bounded: bool = False,  # whether the objective is ICU+
+        weights: int = 0,  # of the model
+        adapter: bool = False,  # whether an adapter trains instead of them
+    ) -> float:
+        "The learning rate, where it was left open as the recipe has it."
+        if self.learning_rate is not None or not bounded:
+            return 5e-6 if self.learning_rate is None else self.learning_rate
+        return next(at for most, at in _RATES if weights <= most) * (5 if adapter else 1)
+
     def complete(
         self,
         bounded: bool,  # whether the objective is ICU+
@@ -193,11 +204,7 @@ class ICUConfig:
         adapter: bool = False,  # whether an adapter trains instead of them
     ) -> "ICUConfig":
         "The settings with what was left open filled in."
-        rate = self.learning_rate
-        if rate is None:
-            rate = 5e-6
-            if bounded:
-                rate = next(at for most, at in _RATES if weights <= most) * (5 if adapter else 1)
+        rate = self.rate(bounded, weights, adapter)
         neighbors, number = self.stream(bounded, ready)
         chosen: dict[str, Any] = {"learning_rate": rate, "neighbors": neighbors, "n_neighbors": number}
         return replace(self, bounded=bounded, **chosen)

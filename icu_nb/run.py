@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Progress
 from .config import ICUConfig
-from .errors import ICUError, InputError, NonFinite, first_line, require
+from .errors import ICUError, NonFinite, first_line, require
 from .iur import Thresholds, score_forget_set, select_icu, select_published_rule
 from .language_model import without_adapter
 from .metrics import memorization_accuracy
@@ -182,10 +182,7 @@ def _own_settings() -> Iterator[None]:
 def _prepared(accelerator: Accelerator, model, config: ICUConfig) -> tuple[Any, Any]:
     "Model and optimizer as `accelerate` wraps them, or one clear error where it cannot."
     trainable = [p for p in model.parameters() if p.requires_grad]
-    rate = config.learning_rate
-    if rate is None:
-        raise InputError("`learning_rate`: it is left open. Give one, or call `unlearn`, which chooses it.")
-    optimizer = torch.optim.Adam(trainable, lr=rate, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.Adam(trainable, lr=config.rate(), betas=(0.9, 0.98), fused=True)
     require(
         accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2,
         "accelerate",

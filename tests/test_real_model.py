@@ -215,6 +215,7 @@ def test_trials_say_how_far_perplexities_rise(tmp_path, capsys):
     trials = [
         ("ICU", {"n_neighbors": 2, "learning_rate": 2e-3}),
         ("gradient ascent", {"ascent_learning_rate": 1e-3}),
+        ("ICU+", {"plus_learning_rate": 2e-3}),
     ]
     how = {"trials": trials, "settings": SETTINGS, "make_original": make_original}
     path = tmp_path / "trials.csv"
@@ -231,7 +232,10 @@ def test_trials_say_how_far_perplexities_rise(tmp_path, capsys):
     capsys.readouterr()
     real_model._run_trials([3], path, tmp_path / "work", **how)  # they are there
     assert capsys.readouterr().out == ""
-    assert len(pd.read_csv(path)) == 2
+    assert len(pd.read_csv(path)) == 3
+    settings = {name: json.loads(row.settings) for name, row in rows.iterrows()}
+    assert settings["ICU+"]["plus_learning_rate"] == 2e-3 and "n_neighbors" not in settings["ICU+"]
+    assert "plus_learning_rate" not in settings["ICU"]  # what was stored before stays valid
 
 
 def test_rows_of_the_depth_are_made_from_the_models_that_are_there(made, monkeypatch):

@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ class _Settings:
     check_steps: int | None = 1  # steps between two looks at the thresholds; None: once an epoch
     ascent_learning_rate: float = 1.2e-3
     max_epochs: int = 40
+    plus_learning_rate: float = 2e-4  # of ICU+ alone
 
     def of(self, model: str) -> str:
         "The settings of a row, as JSON."
@@ -70,6 +71,11 @@ class _Settings:
         if model in _ORIGINALS:
             for name in (*_OF_ICU, "ascent_learning_rate", "max_epochs"):
                 del facts[name]
+        if model == "ICU+":
+            for name in ("n_neighbors", "alpha", "beta", "learning_rate", "ascent_learning_rate"):
+                del facts[name]
+        else:
+            del facts["plus_learning_rate"]
         return json.dumps(facts)
 
     def config(self, seed: int, **changes: Any) -> ICUConfig:
@@ -187,6 +193,7 @@ def _unlearn_into(
     of: _Seed,
     config: ICUConfig,
     thresholds: Thresholds,
+    general: Sequence[str] = (),  # texts that stand in the retain pool, too
     **how: Any,  # of `unlearn`
 ) -> pd.DataFrame:  # the history
     "Unlearn, or go on with it, unless it is done; the unlearned model is kept whole or not at all."
@@ -197,7 +204,7 @@ def _unlearn_into(
             model,
             tokenizer,
             of.corpus.forget,
-            of.corpus.retain,
+            [*of.corpus.retain, *general],
             config,
             thresholds=thresholds,
             checkpoint_dir=checkpoints,
@@ -230,6 +237,17 @@ def _run_icu(of: _Seed) -> tuple[Path, dict[str, Any]]:  # the model's folder; e
     goal = Thresholds(ma=of.start["ma"], el=of.start["el"])
     config = of.settings.config(of.seed, **{name: getattr(of.settings, name) for name in _OF_ICU})
     history = _unlearn_into(folder, of.memorized, of, config, goal)
+    return folder, _facts(history)
+
+
+def _run_icu_plus(of: _Seed) -> tuple[Path, dict[str, Any]]:  # see `_run_icu`
+    "ICU+ until then; general text stands in its pool, too."
+    folder = of.folder("ICU+") / "model"
+    goal = Thresholds(ma=of.start["ma"], el=of.start["el"])
+    rate, steps = of.settings.plus_learning_rate, of.settings.check_steps
+    config = of.settings.config(of.seed, learning_rate=rate, check_steps=steps)
+    how = {"heldout": of.corpus.heldout, "general": of.corpus.general_train}
+    history = _unlearn_into(folder, of.memorized, of, config, goal, **how)
     return folder, _facts(history)
 
 
@@ -439,15 +457,20 @@ _ICU_TRIALS = [  # neighbors, beta, learning rate
     (4, 4.0, 8e-4),
 ]
 _ASCENT_TRIALS = [3e-5, 5e-5, 1e-4, 2e-4, 4e-4, 6e-4, 8e-4, 1.2e-3, 1.6e-3]  # learning rates
+_PLUS_TRIALS = [1e-4, 2e-4, 4e-4]  # learning rates
 _TRIALS: list[tuple[str, dict[str, Any]]] = [
     *[("ICU", dict(zip(("n_neighbors", "beta", "learning_rate"), one, strict=True))) for one in _ICU_TRIALS],
     *[("gradient ascent", {"ascent_learning_rate": rate}) for rate in _ASCENT_TRIALS],
+    *[("ICU+", {"plus_learning_rate": rate}) for rate in _PLUS_TRIALS],
 ]
 
 
 def _measure_trial(name: str, of: _Seed) -> dict[str, Any]:
     "Unlearn until the thresholds; what is forgotten then, and how far other perplexities have risen."
-    folder, facts = _run_icu(of) if name == "ICU" else _run_ascent(of, of.start["ma"])
+    if name == "gradient ascent":
+        folder, facts = _run_ascent(of, of.start["ma"])
+    else:
+        folder, facts = _run_icu(of) if name == "ICU" else _run_icu_plus(of)
     found = []
     for model, tokenizer in (of.memorized(), load_model(folder)):
         with Arithmetic.of(model).autocast():
