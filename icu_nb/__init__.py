@@ -12,6 +12,7 @@ _HOME = {  # what is offered here, and the module in which it stands
     "load_model": "models.loading",
     "ICUConfig": "config",
     "ICU": "objective",
+    "ICUPlus": "objective",
     "get_method": "methods.registry",
     "calibrate_thresholds": "iur",
     "Thresholds": "iur",
@@ -35,6 +36,7 @@ _HOME = {  # what is offered here, and the module in which it stands
 __all__ = [
     "ICU",
     "ICUConfig",
+    "ICUPlus",
     "Thresholds",
     "UnlearnResult",
     "add_lora",
@@ -68,7 +70,7 @@ if TYPE_CHECKING:
     from .metrics import extraction_likelihood, memorization_accuracy, perplexity
     from .models.loading import add_lora, load_model, merge_lora
     from .models.memory import estimate_memory
-    from .objective import ICU
+    from .objective import ICU, ICUPlus
     from .result import UnlearnResult
     from .sampled_pool import sample_pool
     from .text import read_texts
