@@ -636,6 +636,7 @@ def test_the_parts_of_an_estimate():
         and lora["original"] == 0
     )
     assert estimate_memory(config, n_forget=8)["original"] == 8 * 200 * 64 * 4 + 1000 * 64 * 4
+    assert estimate_memory(config, n_pool=9)["original"] == 9 * 200 * 64 * 4 + 1000 * 64 * 4
     assert full["total"] == full["weights"] + full["optimizer"] + full["original"] + max(
         full["gradients"], full["activations"]
     )

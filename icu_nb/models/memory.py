@@ -97,6 +97,7 @@ def estimate_memory(
     max_length: int = 200,  # tokens per text; the paper's number
     batch_size: int = 8,  # forget texts per forward pass: ICUConfig's micro_batch_size, or its batch_size
     n_neighbors: int = 1,  # neighbors per forget text
+    n_pool: int = 0,  # texts of the retain pool, where neighbors are redrawn from it (ICU+)
 ) -> dict[
     str, int
 ]:  # bytes: weights, optimizer, original, gradients, activations; total (the larger of the two)
@@ -121,7 +122,8 @@ def estimate_memory(
     per_token = _layer_bytes(base, max_length, trains, 2 if on_gpu else 4)
     layers = base.config.get_text_config().num_hidden_layers * tokens * per_token
     buffers = sum(buffer.nbytes for buffer in base.buffers())
-    states, copy = 4 * n_forget * n_neighbors * max_length * H, 4 * counts["trainable"] + buffers
+    kept = n_pool or n_forget * n_neighbors  # texts about which the original is asked
+    states, copy = 4 * kept * max_length * H, 4 * counts["trainable"] + buffers
     items = {
         "weights": _weight_bytes(model) + buffers,
         "optimizer": 8 * counts["trainable"],
