@@ -266,12 +266,14 @@ def test_embedders_that_give_nonsense(refused, embedder):
 @pytest.mark.parametrize(
     "name, values",
     [
-        *((name, [-0.1, NAN, INF, "1", None, True]) for name in ("alpha", "beta", "learning_rate")),
+        *((name, [-0.1, NAN, INF, "1", None, True]) for name in ("alpha", "beta")),
+        ("learning_rate", [-0.1, NAN, INF, "1", True]),
+        ("n_neighbors", [0, -1, 1.5, NAN, "1", True, np.bool_(True), np.float32(1)]),
         ("max_grad_norm", [0, 0.0, -0.1, NAN, INF, "1", True]),
         ("max_overlap", [-0.1, 1.1, NAN]),
         *(
             (name, [0, -1, 1.5, NAN, "1", None, True, np.bool_(True), np.float32(1)])
-            for name in ("batch_size", "max_epochs", "el_n", "n_neighbors", "num_beams", "eval_batch_size")
+            for name in ("batch_size", "max_epochs", "el_n", "num_beams", "eval_batch_size")
         ),
         *((name, [0, -1, 1.5, NAN, "1"]) for name in ("max_length", "el_start", "check_steps")),
         ("seed", [-1, 0.5, None, True, 2**32]),

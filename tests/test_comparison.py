@@ -225,18 +225,42 @@ def test_what_is_locked_is_tested_once(tmp_path, monkeypatch):
     assert made[-1] == _Entry("npo", 200, 1e-4, {"beta": 2.0}, "mixed", "pile0a")
 
 
+def test_each_part_is_taken_out_once(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_MAX_EPOCHS", 6)
+    whole = _Entry("icu_plus", 0, 5e-3, {"beta": 1.0}, "mixed").to_json()
+    locked = {"best": {"icu_plus": {"settings": whole}}}
+    rows = comparison._ablate(tmp_path / "rows.csv", locked, [0])
+    assert [row["without"] for row in rows] == list(comparison._ABLATION)
+    stored = pd.read_csv(tmp_path / "rows.csv")
+    settings = [json.loads(text) for text in stored.settings]
+    assert len(stored) == len(rows) and stored.method.value_counts().to_dict() == {"icu_plus": 7, "icu": 1}
+    assert [found["neighbors"] for found in settings[:5]] == ["mixed"] * 2 + ["nearest", "redraw", "sampled"]
+    assert settings[5]["alpha"] == 0 and settings[6]["beta"] == 0 and settings[7]["refinement"] == "none"
+    assert stored.looks.nunique() > 4  # most changes change the run
+
+
+def test_general_text_and_samples_are_as_many_as_retain_texts(case, tiny):
+    pools = {name: comparison._pool(_Entry("icu_plus", 0, neighbors=name), case.setup) for name in NEIGHBORS}
+    assert pools["redraw"] == tiny.retain and pools["mixed"] == tiny.retain + tiny.retain[:6]
+    assert len(pools["sampled"]) == 2 * len(tiny.retain)
+    assert not set(pools["sampled"][len(tiny.retain) :]) & set(tiny.forget)
+
+
+NEIGHBORS = ("redraw", "mixed", "sampled")
+
+
 def test_the_commands(tmp_path, monkeypatch):
     called = []
-    for name in ("_tune", "_lock", "_test"):
+    for name in ("_tune", "_lock", "_test", "_ablate"):
         monkeypatch.setattr(comparison, name, lambda *given, name=name: called.append((name, *given)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures/data").mkdir(parents=True)
     stored = {"finalists": ["icu"], "best": {}}
     (tmp_path / "figures/data/comparison_settings.json").write_text(json.dumps(stored))
-    for words in ("tune npo --trials 12", "lock", "test", "test npo --seeds 200 --neighbors mixed"):
+    for words in ("tune npo --trials 12", "lock", "test", "test npo --seeds 200 --neighbors mixed", "ablate"):
         monkeypatch.setattr("sys.argv", ["comparison", *words.split()])
         assert comparison._main() == 0
-    assert [call[0] for call in called] == ["_tune", "_lock", "_test", "_test"]
+    assert [call[0] for call in called] == ["_tune", "_lock", "_test", "_test", "_ablate"]
     assert called[0][2:] == ("npo", 12)
     assert called[2][3:] == (["icu"], range(200, 212), "people", None)
     assert called[3][3:] == (["npo"], [200], "people", "mixed")

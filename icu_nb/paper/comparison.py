@@ -30,7 +30,7 @@ from ..evals.people_questions import people_questions
 from ..evals.tasks import evaluate_tasks
 from ..iur import Thresholds, select_icu, select_published_rule
 from ..language_model import evaluating
-from ..methods.registry import get_method
+from ..methods.registry import Method, get_method
 from ..metrics import memorization_accuracy, perplexity
 from ..models.loading import add_lora
 from ..models.tiny import memorize
@@ -39,6 +39,7 @@ from .rows import put_row
 from .setup import Setup, prepare_setup
 from ..plumbing import seed_everything, write_json
 from ..run import Run, StepRule
+from ..sampled_pool import sample_pool
 from ..text import tokenize
 from ..unlearn import unlearn
 
@@ -54,12 +55,15 @@ class _Entry:
     seed: int  # of the people, the model and the order of the texts
     learning_rate: float | None = None  # None: the method has none
     settings: dict = field(default_factory=dict)  # of its loss, its step rule or its edit
-    neighbors: str = "nearest"  # see `ICUConfig`; or "mixed": one of two random texts is general
+    neighbors: str = "nearest"  # see `ICUConfig`, or a key of `_ADDED`
     data: str = "people"  # see `prepare_setup`
+    refinement: str | None = None  # instead of the method's: a key of `_REFINEMENTS`
 
     def to_json(self) -> str:
         "What tells it from other runs of the method and seed."
         facts = {"learning_rate": self.learning_rate, "neighbors": self.neighbors, **self.settings}
+        if self.refinement is not None:
+            facts["refinement"] = self.refinement
         return json.dumps(facts, sort_keys=True)
 
     @classmethod
@@ -67,7 +71,8 @@ class _Entry:
         "The run with the settings of another one."
         facts = json.loads(text)
         rate, neighbors = facts.pop("learning_rate"), facts.pop("neighbors")
-        return cls(method, seed, rate, facts, neighbors, data)
+        refinement = facts.pop("refinement", None)
+        return cls(method, seed, rate, facts, neighbors, data, refinement)
 
 # %% ../../nbs/library/paper/comparison.ipynb #67c1f50c
 _MEMBERSHIP = ["loss", "min-k %"]
@@ -200,33 +205,55 @@ _REFINEMENTS: dict[str, Callable | None] = {
 }
 
 
+def _general_text(setup: Setup) -> list[str]:
+    return setup.corpus.general_train
+
+
+def _samples(setup: Setup) -> list[str]:
+    "Texts of the original model's own."
+    n, length = len(setup.corpus.retain), setup.max_length
+    own = setup.original, setup.tokenizer
+    return sample_pool(*own, n, setup.corpus.forget, max_length=length, seed=setup.seed)
+
+
+# what stands in the pool beside the retain texts, as many as these; then two texts are redrawn instead of one
+_ADDED: dict[str, Callable[[Setup], list[str]]] = {"mixed": _general_text, "sampled": _samples}
+
+
+def _pool(entry: _Entry, setup: Setup) -> list[str]:
+    "The texts that may stay, and those that are added."
+    retain = setup.corpus.retain
+    added = _ADDED[entry.neighbors](setup) if entry.neighbors in _ADDED else []
+    return retain + added[: len(retain)]
+
+
+def _alternatives(method: Method, entry: _Entry, setup: Setup) -> list | None:
+    "What the method says instead of each forget text."
+    corpus, n = setup.corpus, len(setup.corpus.forget)
+    if method.alternatives == "given":  # records of other invented people, or general text
+        of_people = entry.data == "people"
+        return people(n, seed=1000 + entry.seed) if of_people else corpus.general_train[:n]
+    options = {"max_length": setup.max_length, "seed": entry.seed}
+    return method.write_alternatives(setup.original, setup.tokenizer, corpus.forget, **options)
+
+
 def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
     "Unlearn by the method's objective, looked at on the way."
     method, setup = get_method(entry.method), case.setup
+    refinement = _REFINEMENTS[entry.refinement or method.refinement]
     seed_everything(entry.seed)  # an adapter begins with random numbers
-    corpus, forget = setup.corpus, setup.corpus.forget
-    mixed = entry.neighbors == "mixed"
     assert entry.learning_rate is not None
     config = ICUConfig(
         learning_rate=entry.learning_rate,
         max_epochs=_MAX_EPOCHS,
         max_length=setup.max_length,
         seed=entry.seed,
-        batch_size=len(forget) if method.name == "kumpr" else 8,
-        neighbors="redraw" if mixed else entry.neighbors,
-        n_neighbors=2 if mixed else 1,
-        check_every=1 if _REFINEMENTS[method.refinement] else _CHECK_EVERY,
+        batch_size=len(setup.corpus.forget) if method.name == "kumpr" else 8,
+        neighbors="redraw" if entry.neighbors in _ADDED else entry.neighbors,
+        n_neighbors=2 if entry.neighbors in _ADDED else 1,
+        check_every=1 if refinement else _CHECK_EVERY,
     )
     model: Any = copy.deepcopy(setup.original)
-    if method.alternatives == "given":  # records of other invented people, or general text
-        of_people = entry.data == "people"
-        n = len(forget)
-        alternatives: list | None = (
-            people(n, seed=1000 + entry.seed) if of_people else corpus.general_train[:n]
-        )
-    else:
-        options = {"max_length": setup.max_length, "seed": entry.seed}
-        alternatives = method.write_alternatives(model, setup.tokenizer, forget, **options)
     rule = method.make_rule()
     of_rule = {name: value for name, value in entry.settings.items() if rule and hasattr(rule, name)}
     of_loss = {name: value for name, value in entry.settings.items() if name not in of_rule}
@@ -234,14 +261,14 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
     result = unlearn(
         add_lora(model) if method.name == "eul" else model,
         setup.tokenizer,
-        forget,
-        corpus.retain + corpus.general_train[: len(corpus.retain) if mixed else 0],
+        setup.corpus.forget,
+        _pool(entry, setup),
         config,
         objective=method.make(**of_loss),
-        heldout=corpus.heldout,
+        heldout=setup.corpus.heldout,
         thresholds=Thresholds(ma=_BELOW * case.depths["deep"], el=1.0),
-        refinement=_REFINEMENTS[method.refinement],
-        alternatives=alternatives,
+        refinement=refinement,
+        alternatives=_alternatives(method, entry, setup),
         step_rule=watched,
     )
     if result.stop_reason == "interrupted":  # an unfinished run makes no row
@@ -488,11 +515,41 @@ def _test(
             _run_comparison(path, [entry], audited=True)
 
 
+# what is taken out of ICU+, or put in its place
+_ABLATION: dict[str, dict[str, Any]] = {
+    "ICU+": {},
+    "a push without end": {"method": "icu"},
+    "nearest neighbors": {"neighbors": "nearest"},
+    "no general text": {"neighbors": "redraw"},
+    "the model's own samples as general text": {"neighbors": "sampled"},
+    "no L_lrn": {"alpha": 0.0},
+    "no L_kl": {"beta": 0.0},
+    "all texts train": {"refinement": "none"},
+}
+
+
+def _ablate(
+    path: Path,  # the rows; it grows row by row
+    locked: dict[str, Any],  # from `_lock`
+    seeds: Iterable[int] = (102, 103, 104),  # that no table uses
+) -> list[dict[str, Any]]:  # the rows, with a column `without`
+    "ICU+ as it is locked, and with one part changed."
+    found = []
+    for seed in seeds:
+        whole = _Entry.from_json(locked["best"]["icu_plus"]["settings"], "icu_plus", seed, "people")
+        for name, change in _ABLATION.items():
+            weights = {key: value for key, value in change.items() if key in ("alpha", "beta")}
+            fields = {key: value for key, value in change.items() if key not in weights}
+            entry = replace(whole, settings={**whole.settings, **weights}, **fields)
+            found += [{**row, "without": name} for row in _run_comparison(path, [entry])]
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m icu_nb.paper.comparison", description="Makes the rows of the comparison of methods."
     )
-    parser.add_argument("what", choices=("tune", "lock", "test"), help="lock: write down the best trials")
+    parser.add_argument("what", choices=("tune", "lock", "test", "ablate"), help="lock: write down the best")
     parser.add_argument("methods", nargs="*", help="keys of `METHODS` (test; default: the finalists)")
     parser.add_argument("--trials", type=int, default=4, help="tune: settings per method (default: 4)")
     parser.add_argument("--seeds", type=int, nargs="+", help="test: which ones (default: 200 to 211)")
@@ -511,6 +568,9 @@ def _main() -> int:
     elif args.what == "tune":
         for method in args.methods:
             _tune(args.rows or trials, get_method(method).name, args.trials)
+    elif args.what == "ablate":
+        locked = json.loads(settings.read_text(encoding="utf-8"))
+        _ablate(args.rows or _DATA / "comparison_ablation.csv", locked)
     else:
         locked = json.loads(settings.read_text(encoding="utf-8"))
         methods = args.methods or locked["finalists"]

@@ -129,6 +129,7 @@ def _loop_config(trial: Trial, n: int) -> ICUConfig:
         max_overlap=settings.max_overlap,
         stop=settings.stop,
         seed=trial.seed,
+        neighbors="nearest",  # of the embedder below
         n_neighbors=settings.k,
         check="full",
         check_every=1 if every_epoch else settings.max_epochs,
@@ -154,6 +155,7 @@ def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: 
         _neighbor_pool(settings, setup),
         _loop_config(trial, len(texts)),
         objective=get_method(trial.method).make(**settings.loss),
+        heldout=setup.corpus.heldout,
         thresholds=setup.goal(settings),
         refinement=_REFINEMENTS[settings.refinement],
         callback=watch if settings.watch else None,  # with it, every epoch is checked
