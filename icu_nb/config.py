@@ -179,7 +179,7 @@ class ICUConfig:
     def stream(
         self,
         bounded: bool,  # whether the objective is ICU+
-        ready: bool = False,  # whether the neighbors are given
+        ready: bool = False,  # whether pairs or an embedder are given
     ) -> tuple[str, int]:  # neighbors, n_neighbors
         "Which neighbors, and how many, with what was left open filled in."
         neighbors = self.neighbors or ("redraw" if bounded and not ready else "nearest")
@@ -199,7 +199,7 @@ class ICUConfig:
     def complete(
         self,
         bounded: bool,  # whether the objective is ICU+
-        ready: bool,  # whether the neighbors are given
+        ready: bool,  # whether pairs or an embedder are given
         weights: int,  # of the model
         adapter: bool = False,  # whether an adapter trains instead of them
     ) -> "ICUConfig":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # %% ../nbs/learn/07_the_loop.ipynb #ed3b1db7
 from .checkpoint import Checkpoints, Progress, names_of, run_identity
 from .config import ICUConfig, refuses_old_names
+from .errors import require
 from .iur import Thresholds, is_forgotten, select_icu, thresholds_met
 from .language_model import without_adapter
 from .objective import ICU, ICUPlus, Objective
@@ -143,14 +144,18 @@ def _call_back(callback: Callable | None, model: Any, row: dict) -> None:
         row.update(callback(model, row) or {})
 
 # %% ../nbs/learn/07_the_loop.ipynb #cf994e01
-def _recipe(model, config: ICUConfig, objective: Any, heldout: Any, pairs: Any) -> tuple[Any, ICUConfig]:
-    "Objective and settings with what was left open: ICU+ where there are held-out texts, else ICU."
+def _recipe(model, config: ICUConfig, objective: Any, heldout: Any, *nearest: Any) -> tuple[Any, ICUConfig]:
+    "What was left open: ICU+ where there are held-out texts, else ICU; pairs or an embedder mean nearest ones."
     bounded = heldout is not None if config.bounded is None else config.bounded
     if objective is None:
         objective = (ICUPlus if bounded else ICU)(config.alpha, config.beta)
-    weights = sum(p.numel() for p in without_adapter(model).parameters())
     is_plus, adapter = getattr(objective, "needs_unseen", False), hasattr(model, "disable_adapter")
-    return objective, config.complete(is_plus, pairs is not None, weights, adapter)
+    agree = config.bounded in (None, is_plus)
+    require(
+        agree, "bounded", f"it is {config.bounded}, and the objective is another", "Leave one of the two out"
+    )
+    weights = sum(p.numel() for p in without_adapter(model).parameters())
+    return objective, config.complete(is_plus, any(one is not None for one in nearest), weights, adapter)
 
 # %% ../nbs/learn/07_the_loop.ipynb #78dde801
 def _plugs(objective: Any, refinement: Any, encoder: Any, step_rule: StepRule | None) -> dict[str, Any]:
@@ -185,7 +190,7 @@ def unlearn(
 ) -> UnlearnResult:
     "Make `model` forget texts: train on those it still knows, check after every epoch, stop in time."
     check_environment(report_to)
-    objective, config = _recipe(model, config, objective, heldout, neighbors)
+    objective, config = _recipe(model, config, objective, heldout, neighbors, embedder)
     plugs = _plugs(objective, refinement, encoder, step_rule)
     with together():
         scorer = BERTScorer(str(encoder)) if encoder else None

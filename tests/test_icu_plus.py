@@ -174,6 +174,20 @@ def test_what_is_chosen_stays(tiny):
     assert ready == ("ICUPlus", 1e-3, "nearest", 1, True)
 
 
+def test_an_embedder_asks_for_the_nearest(tiny):
+    def embed(texts):
+        return torch.eye(len(texts), 8).numpy()
+
+    found = by_default(tiny, heldout=tiny.heldout, embedder=embed)
+    assert found == ("ICUPlus", 1e-3, "nearest", 1, True)
+
+
+def test_settings_and_objective_must_not_contradict_each_other(tiny):
+    for bounded, objective in ((True, ICU()), (False, ICUPlus())):
+        with pytest.raises(InputError, match="`bounded`"):
+            by_default(tiny, heldout=tiny.heldout, objective=objective, settings={"bounded": bounded})
+
+
 def test_it_needs_heldout_texts_where_it_is_asked_for(tiny):
     with pytest.raises(InputError, match="`heldout`"):
         by_default(tiny, settings={"bounded": True})
