@@ -145,7 +145,7 @@ def _call_back(callback: Callable | None, model: Any, row: dict) -> None:
 
 # %% ../nbs/learn/07_the_loop.ipynb #cf994e01
 def _recipe(model, config: ICUConfig, objective: Any, heldout: Any, *nearest: Any) -> tuple[Any, ICUConfig]:
-    "What was left open: ICU+ where there are held-out texts, else ICU; pairs or an embedder mean nearest ones."
+    "What was left open: ICU+ with held-out texts, else ICU; pairs or an embedder mean nearest ones."
     bounded = heldout is not None if config.bounded is None else config.bounded
     if objective is None:
         objective = (ICUPlus if bounded else ICU)(config.alpha, config.beta)
