@@ -646,7 +646,7 @@ def _plot_limits(
     check_rows(rows, columns, ["profile", "data", "model"])
     found = summarize(rows, columns).assign(reached=True)
     labels = list(rows.label.unique())
-    panel = Panel(ax, (7.8, 1.6 + 0.5 * len(columns)))
+    panel = Panel(ax, (7.7, 1.6 + 0.5 * len(columns)))
     panel.ax.set_yticks(range(len(columns)), [ATTACK_NAMES[column] for column in columns])
     panel.ax.set_ylim(len(columns) - 0.5, -0.5)
     panel.ax.grid(axis="y", visible=False)
@@ -747,7 +747,7 @@ class _Recipe:
     panels: tuple = ({},)  # further arguments, panel by panel
     where: dict = field(default_factory=dict)  # column -> its values: which rows
     tables: tuple = ("",)  # what `draw` takes: "" rows, "_history", "_samples"
-    size: tuple = (7.8, 3.6)  # inches, of a figure with several panels
+    size: tuple = (7.7, 3.6)  # inches, of a figure with several panels
     columns: int = 0  # panels side by side; 0: all
     sharey: bool = False  # the same labels in all panels
     note: str = ""  # under the figure
@@ -760,7 +760,7 @@ FIGURES = {
         _plot_methods,
         _NEAR_AND_FAR,
         {"data": ["people"]},
-        size=(7.8, 5.6),
+        size=(7.7, 5.6),
         sharey=True,
         note=f"{_NOTE}; {_TESTS}",
     ),
@@ -773,12 +773,12 @@ FIGURES = {
         note=f"{_NOTE}; {_TESTS}",
     ),
     "ablation": _Recipe("ablation", _plot_ablation, note=_INTERVALS),
-    "sensitivity": _Recipe("sensitivity", _plot_sensitivity, _NEAR_AND_FAR, size=(7.8, 4), note=_CELLS),
+    "sensitivity": _Recipe("sensitivity", _plot_sensitivity, _NEAR_AND_FAR, size=(7.7, 4), note=_CELLS),
     "learning_rate": _Recipe(
         "sensitivity",
         _plot_rates,
         ({"measure": "ma"}, {"measure": "ratio"}),
-        size=(7.8, 3),
+        size=(7.7, 3),
         sharey=True,
         note=_INTERVALS,
     ),
@@ -791,7 +791,7 @@ FIGURES = {
         "thresholds",
         _plot_thresholds,
         _each("ma", "ppl_heldout"),
-        size=(7.8, 4.4),
+        size=(7.7, 4.4),
         sharey=True,
         note=f"{_NOTE}; long black stroke: MA at which a run may stop",
     ),
@@ -801,7 +801,7 @@ FIGURES = {
         _plot_tradeoff,
         tuple(one | {"ratios": ratios} for one in _NEAR_AND_FAR for ratios in (False, True)),
         tables=("", "_history"),
-        size=(7.8, 9),
+        size=(7.7, 9),
         columns=2,
         note=_FRONT,
     ),
@@ -816,7 +816,7 @@ FIGURES = {
         "requests",
         _plot_requests,
         _each("seconds_train", "ppl_neighbors", "ppl_heldout"),
-        size=(7.8, 4.2),
+        size=(7.7, 4.2),
         note=f"{_INTERVALS}; ×: from 1 to 512 requests at once; hollow: in batches; dashed: the original",
     ),
     "limits": _Recipe("limits", _plot_limits, where={"model": ["tiny gpt-neo"]}, note=_INTERVALS),
