@@ -261,6 +261,16 @@ def test_sensitivity_to_the_weights():
     assert order["ppl_neighbors"][0] == order["ppl_heldout"][0] == USUAL
     assert order["ppl_neighbors"][1] == order["ppl_heldout"][1] == "α = 0, β = 2"
     assert order["ppl_general"][0] == "α = 0, β = 0"
+    tests = significance(enough, KINDS, USUAL).set_index(["column", "label"])
+    near = tests.loc["ppl_neighbors"]
+    assert (near.p_holm < 0.05).all() and (near.effect.min(), near.effect.max()) == pytest.approx(
+        (1.26, 11.2), rel=0.01
+    )
+    others = tests.drop("ppl_neighbors")
+    assert not (others.p_holm < 0.05).any() and (weights.groupby("label").reached.sum() < 3).sum() == 6
+    second = tests.loc["ppl_heldout", "α = 0, β = 2"]
+    assert second[["effect", "low", "high"]].astype(float).round(2).tolist() == [1.10, 0.90, 1.34]
+    assert round(tests.effect["ppl_general", "α = 0, β = 0"], 2) == 0.92
 
 
 def test_sensitivity_to_the_learning_rate():
@@ -335,7 +345,10 @@ def test_thresholds_of_the_published_rule():
     assert not published.reached.any() and (published.epochs == 20).all()
     assert ma.round(1).between(0.7, 0.9).all()
     encoder = "all-MiniLM-L6-v2"
-    assert published.groupby("label").only_bert.mean()[f"{encoder}: F1 under 0.3 or BLEU"] < 0.001
+    alone = published.groupby("label").only_bert.mean()
+    assert round(100 * alone[f"{encoder}: F1 under 0.3 or BLEU"], 2) == 0.05
+    assert round(100 * alone[f"{encoder}: F1 under 0.6 or BLEU"]) == 15
+    assert (ma.min(), ma.max()) == pytest.approx((0.70, 0.90), abs=0.005)
     strict, loose = f"{encoder}: F1 under 0.6 and BLEU", f"{encoder}: F1 under 0.6 or BLEU"
     assert ma[loose] > ma["BLEU under 0.01"] > ma[strict] == ma.min()
 
@@ -401,6 +414,41 @@ def test_tradeoff_npo_comes_back(tradeoff_history):
             assert least.ppl_general > 1.2 * first.ppl_general
         else:
             assert first.ppl_heldout == least.ppl_heldout
+
+
+def at_goal(history, column):
+    """Ratios to ICU where MA first reaches the goal, and at the lowest perplexity from there on."""
+    goals = with_labels(stored("tradeoff"), "original").set_index("seed").threshold_ma
+    ends = []
+    for (label, seed), run in history.groupby(["label", "seed"], sort=False):
+        there = run[run.ma <= goals[seed]].sort_values("epoch")[column]
+        ends.append({"label": label, "seed": seed, "first": there.iloc[0], "lowest": there.min()})
+    ends = pd.DataFrame(ends)
+    return [
+        significance(ends.rename(columns={kind: column}), [column]).set_index("label")
+        for kind in ("first", "lowest")
+    ]
+
+
+def test_tradeoff_at_the_goal(tradeoff_history):
+    def significant(tests):
+        clear = tests.effect[tests.p_holm < 0.05]
+        return set(clear.index[clear > 1]), set(clear.index[clear < 1])
+
+    def numbers(tests):
+        return tests.loc["NPO", ["effect", "low", "high"]].astype(float).round(2).tolist()
+
+    first, lowest = at_goal(tradeoff_history, "ppl_neighbors")
+    assert significant(first) == ({"gradient ascent", "GradDiff", "KL", "NPO"}, set())
+    assert significant(lowest) == ({"gradient ascent", "GradDiff", "KL"}, {"NPO"})
+    assert numbers(first) == [13.05, 8.51, 20.00] and numbers(lowest) == [0.59, 0.47, 0.74]
+    first, lowest = at_goal(tradeoff_history, "ppl_heldout")
+    assert significant(first) == ({"gradient ascent", "NPO"}, set())
+    assert significant(lowest) == ({"gradient ascent"}, {"NPO"})
+    assert numbers(first) == [3.09, 1.74, 5.47] and numbers(lowest) == [0.64, 0.61, 0.67]
+    for tests in at_goal(tradeoff_history, "ppl_general"):
+        assert significant(tests) == (set(), {"gradient ascent", "KL", "NPO"})
+        assert tests.effect.drop("GradDiff").between(0.895, 0.935).all()
 
 
 def test_tradeoff_distance_from_the_retrained_model():
@@ -553,8 +601,12 @@ def test_limits_rounding_and_extraction(neo):
     for column in ("recited", "sampled", "other_words"):
         found = verdict(with_labels(neo, "retrained", *TRAINED), column, "retrained")
         assert not found.startswith(f"{column}, against retrained: clearly higher")
-    knows = wide(neo, "acc_forget").mean()
-    assert knows["ICU"] > 2 * knows["retrained"]
+    knows = wide(neo, "acc_forget").mean().round(2)
+    labels = ["ICU", "gradient ascent", "NPO", "retrained", "random weights"]
+    assert knows[labels].tolist() == [0.46, 0.63, 0.59, 0.21, 0.21]
+    asked = significance(with_labels(neo, "retrained", *TRAINED), ["acc_forget"], "retrained")
+    assert (asked.p_holm < 0.05).all() and (asked.effect > 0).all()
+    assert wide(neo, "recited")["retrained"].mean().round(2) == 0.13
 
 
 def test_limits_random_weights_pass_every_attack(neo):

@@ -83,7 +83,7 @@ def plot_audit(
     shares = _recovered(rows, memorized, retrained)
     table = audit_table(rows, memorized, retrained)
     kinds = [kind for kind in _KINDS if kind in table]
-    fig, ax = plt.subplots(figsize=(8, 1.2 + (0.1 + 0.09 * len(kinds)) * len(table)))
+    fig, ax = plt.subplots(figsize=(7.8, 1.2 + (0.1 + 0.09 * len(kinds)) * len(table)))
     for y, (model, line) in enumerate(table.iterrows()):
         own = shares[shares.model == model]
         for k, kind in enumerate(kinds):
@@ -105,13 +105,14 @@ def plot_audit(
 
 
 def _draw_kind(ax: Axes, shares: pd.DataFrame, y: float, kind: str, label: str) -> None:
-    "The best measure of one kind of attack on one model: its mean between the lowest and the highest seed."
+    "The best measure of one kind of attack on one model: its mean, and a stroke for each seed."
     if shares.empty:
         return
     by_metric = shares.groupby("metric").share
     best = shares[shares.metric == by_metric.mean().idxmax()].share
     marker, fill = _KINDS[kind]
     ax.hlines(y, best.min(), best.max(), color="black", linewidth=1.2)
+    ax.vlines(best, y - 0.05, y + 0.05, color="black", linewidth=0.9)
     ax.plot(best.mean(), y, marker, color="black", mfc=fill, markersize=5, label=label, zorder=3)
 
 # %% ../../nbs/library/paper/audit_figures.ipynb #8c77bdc4
@@ -123,7 +124,7 @@ def plot_logit_lens(
     rows: pd.DataFrame,  # a row per model: model, first (list: a share per layer), ever (a share)
 ) -> Figure:
     "How many of the secrets' tokens each layer ranks first, and how many are said, only known, or gone."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), width_ratios=[3, 2])
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.2), width_ratios=[3, 2])
     names = list(rows.model)
     for k, row in enumerate(rows.itertuples()):
         color = COLORS.get("original" if row.model == "memorized" else row.model, "black")

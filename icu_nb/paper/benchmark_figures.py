@@ -13,16 +13,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 # %% ../../nbs/library/paper/benchmark_figures.ipynb #649211cd
-_PHASES = {  # of a run: color, hatch
-    "pairing": ("#999999", ""),
-    "original model": ("#F0E442", ""),
-    "forward and backward": ("#0072B2", ""),
-    "optimizer": ("#56B4E9", "//"),
-    "MA and EL": ("#D55E00", ""),
-    "continuations": ("#E69F00", "\\\\"),
-    "the rest": ("#CC79A7", ""),
+_PHASES = {  # of a run: color, hatch; greys, because colors are those of methods
+    "pairing": ("#000000", ""),
+    "original model": ("#ffffff", "xx"),
+    "forward and backward": ("#bbbbbb", ""),
+    "optimizer": ("#ffffff", ".."),
+    "MA and EL": ("#666666", ""),
+    "continuations": ("#e4e4e4", "\\\\"),
+    "the rest": ("#ffffff", ""),
 }
 
 
@@ -35,15 +36,15 @@ def phase_seconds(
     return seconds.reindex(index=["plain", "ours", "floor"], columns=list(_PHASES)).fillna(0)
 
 
-def _draw_phases(ax: Axes, seconds: pd.DataFrame) -> None:
+def _draw_phases(ax: Axes, seconds: pd.DataFrame, totals: dict[str, str]) -> None:
     "A bar per way, made of its phases."
     left = np.zeros(len(seconds))
     for phase, (color, hatch) in _PHASES.items():
-        look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white", "label": phase}
-        bars = ax.barh(list(seconds.index), seconds[phase], left=left, **look)
+        look: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "#333333", "linewidth": 0.6}
+        bars = ax.barh(list(seconds.index), seconds[phase], left=left, label=phase, **look)
         left += seconds[phase].to_numpy()
-    ax.bar_label(bars, labels=[f"{total:.3g} s" for total in left], padding=4)
-    ax.margins(x=0.15)
+    ax.bar_label(bars, labels=[totals[way] for way in seconds.index], padding=4, fontsize=9)
+    ax.margins(x=0.2)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
 
@@ -51,44 +52,71 @@ def _draw_phases(ax: Axes, seconds: pd.DataFrame) -> None:
 def _plot_phases(rows: pd.DataFrame) -> Figure:
     "Where a run spends its time; below, ours and the floor enlarged."
     seconds = phase_seconds(rows)
-    fig, (above, below) = plt.subplots(2, 1, figsize=(8, 4.2), height_ratios=[3, 2])
-    _draw_phases(above, seconds)
-    _draw_phases(below, seconds.loc[["ours", "floor"]])
-    above.set_title("The plain way spends its time on MA and EL")
+    runs = rows[(rows.benchmark == "whole run") & (rows.unit == "seconds")].groupby("way").value
+    spans = runs.agg(["median", "min", "max"])
+    totals = {one.Index: f"{one.median:.3g} s [{one.min:.3g}, {one.max:.3g}]" for one in spans.itertuples()}
+    totals["floor"] = f"{spans['median']['floor']:.3g} s, computed"
+    share = seconds["MA and EL"]["plain"] / seconds.loc["plain"].sum()
+    fig, (above, below) = plt.subplots(2, 1, figsize=(7.8, 4.2), height_ratios=[3, 2])
+    _draw_phases(above, seconds, totals)
+    _draw_phases(below, seconds.loc[["ours", "floor"]], totals)
+    above.set_title(f"The plain way spends {share:.0%} of its time on MA and EL")
     below.set(
-        title="Ours, enlarged: training, MA and EL, continuations",
-        xlabel="seconds for a whole run (32 people, tiny model)",
+        title="Ours and the floor, enlarged",
+        xlabel="seconds for a whole run (32 people, tiny model); median [smallest, largest] of three",
     )
     fig.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return fig
 
 # %% ../../nbs/library/paper/benchmark_figures.ipynb #a6392158
-_WAYS = {"forward + CE + backward": "#E69F00", "plain": "#D55E00", "ours": "#0072B2", "floor": "#999999"}
-_WAY_PANELS = {  # benchmark: title, relative width
-    "MA + EL, memorized": ("MA and EL, memorized", 3),
-    "MA + EL, random": ("MA and EL, random weights", 3),
-    "step, time": ("One step", 4),
+_WAYS = {  # in the rows -> name, marker
+    "plain": ("plain", "s"),
+    "ours": ("ours", "o"),
+    "forward + CE + backward": ("forward, CE,\nbackward", "D"),
+    "floor": ("floor, computed", "|"),
+}
+_WAY_PANELS = {  # benchmark: title, and which ways its ratio compares
+    "MA + EL, memorized": ("MA and EL, memorized:\nplain over ours", "plain", "ours"),
+    "MA + EL, random": ("MA and EL, random:\nplain over ours", "plain", "ours"),
+    "step, time": ("One step: ours over\nforward, CE, backward", "ours", "forward + CE + backward"),
 }
 
 
 def _plot_ways(rows: pd.DataFrame) -> Figure:
-    "Plain, ours and the floor: measures, and one step."
+    "Plain, ours and the floor: measures, and one step; a dot per repetition, ratios pair by pair."
     names = [name for name in _WAY_PANELS if (rows.benchmark == name).any()]
-    widths = [_WAY_PANELS[name][1] for name in names]
-    fig, axes = plt.subplots(1, len(names), figsize=(11, 3.2), squeeze=False, width_ratios=widths)
+    fig, axes = plt.subplots(1, len(names), figsize=(7.6, 2.5), squeeze=False, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
         measured = rows[(rows.benchmark == name) & (rows.unit == "seconds")]
-        seconds = measured.groupby("way", sort=False).value.median()
-        labels = [way.replace(" + backward", "\n+ backward") for way in seconds.index]
-        bars = ax.bar(labels, seconds, color=[_WAYS[way] for way in seconds.index])
-        ax.bar_label(bars, fmt="%.2g s", padding=2, fontsize=9)
-        limits = (seconds.min() / 2, seconds.max() * 3)
-        ax.set(title=_WAY_PANELS[name][0], ylabel="seconds (log scale)", yscale="log", ylim=limits)
-        ax.tick_params(axis="x", labelsize=8)
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("")
-        ax.grid(False, axis="x")
+        for y, (way, (_, marker)) in enumerate(_WAYS.items()):
+            seconds = measured[measured.way == way].value
+            size = 14 if way == "floor" else 5
+            ax.plot(seconds, [y] * len(seconds), marker, color="#333333", markersize=size, mfc="none")
+        title, over, under = _WAY_PANELS[name]
+        ax.set_title(f"{title}\n{_ratio(measured, over, under)}")
+        ax.set(xlabel="seconds (log scale)", xscale="log")
+        _seconds_axis(ax, measured.value)
+        ax.grid(False, axis="y")
+    axes[0, 0].set_yticks(range(len(_WAYS)), [label for label, _ in _WAYS.values()])
+    axes[0, 0].set_ylim(len(_WAYS) - 0.5, -0.5)
     return fig
+
+
+def _ratio(measured: pd.DataFrame, over: str, under: str) -> str:
+    "The median of the ratios of pairs, and the smallest and the largest."
+    by_pair = measured.pivot_table(index="pair", columns="way", values="value")
+    ratio = (by_pair[over] / by_pair[under]).dropna()
+    return f"{ratio.median():.2g}× [{ratio.min():.2g}, {ratio.max():.2g}]"
+
+
+def _seconds_axis(ax: Axes, seconds: pd.Series) -> None:
+    "A logarithmic x axis of at least one decade, with plain numbers."
+    middle = (seconds.min() * seconds.max()) ** 0.5
+    reach = max((seconds.max() / seconds.min()) ** 0.5 * 1.4, 4)
+    ax.set_xlim(middle / reach, middle * reach)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("")
 
 # %% ../../nbs/library/paper/benchmark_figures.ipynb #06472865
 def growth_line(
@@ -102,38 +130,63 @@ def growth_line(
 
 
 def _plot_growth(rows: pd.DataFrame) -> Figure:
-    "Seconds per epoch as one size grows."
+    "Seconds per epoch as one size grows: every repetition, and the medians joined."
     names = [name.removeprefix("growth: ") for name in rows.benchmark.unique() if name.startswith("growth: ")]
-    fig, (axes,) = plt.subplots(1, len(names), figsize=(11, 3.4), sharey=True, squeeze=False)
+    fig, (axes,) = plt.subplots(1, len(names), figsize=(7.8, 3.4), sharey=True, squeeze=False)
     for ax, axis in zip(axes, names, strict=True):
-        for phase, color, marker in [("training", "#0072B2", "o"), ("check", "#D55E00", "s")]:
-            seconds, line = growth_line(rows, axis, phase)
-            fitted = np.exp(np.polyval(line, np.log(seconds.index)))
-            ax.plot(seconds.index, seconds, color=color, marker=marker, ls="none")
-            ax.plot(seconds.index, fitted, color=color, label=f"{phase}: power {line[0]:.2f}")
+        powers = []
+        for phase, marker, line in [("training", "o", "-"), ("check", "s", "--")]:
+            seconds, (power, _) = growth_line(rows, axis, phase)
+            single = rows[(rows.benchmark == f"growth: {axis}") & (rows.phase == phase)]
+            ax.plot(single.x, single.value, color="#333333", marker=marker, ls="none", ms=5, mfc="none")
+            ax.plot(seconds.index, seconds, color="#333333", ls=line, lw=1.2)
+            ax.plot([], [], color="#333333", marker=marker, ls=line, mfc="none", label=phase)
+            powers.append(f"{phase} {power:.1f}, last step {_last_power(seconds):.1f}")
         sizes = list(seconds.index)
-        ax.set(xscale="log", yscale="log", xlabel=axis, title=axis.capitalize())
+        ax.set(xscale="log", yscale="log", xlabel=f"{axis}, log scale", title=axis.capitalize())
+        ax.text(0.03, 0.97, "\n".join(["power:", *powers]), transform=ax.transAxes, va="top", fontsize=9)
+        ax.set_ylim(rows[rows.benchmark.str.startswith("growth")].value.min() / 1.5, 1000)
         ax.set_xticks(sizes, [f"{x:,.0f}" for x in sizes])
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-        ax.legend(fontsize=9)
     axes[0].set_ylabel("seconds per epoch (log scale)")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return fig
+
+
+def _last_power(seconds: pd.Series) -> float:
+    "The power between the two largest sizes, with which larger ones are estimated."
+    before, last = seconds.iloc[-2:]
+    return float(np.log(last / before) / np.log(seconds.index[-1] / seconds.index[-2]))
 
 # %% ../../nbs/library/paper/benchmark_figures.ipynb #080deb71
 def _plot_search(rows: pd.DataFrame) -> Figure:
-    "How long the search for neighbors takes."
-    search = rows[rows.benchmark == "search"].groupby(["x", "way"]).value.median().unstack()
-    fig, ax = plt.subplots(figsize=(6, 3))
-    ax.plot(search.index, search["plain"], color="#D55E00", marker="s", label="NumPy")
-    ax.plot(search.index, search["ours"], color="#0072B2", marker="o", label="faiss, exact")
-    ax.set(
-        xscale="log",
-        yscale="log",
-        title="128 exact searches among a million vectors: seconds",
-        xlabel="vectors of 384 dimensions",
-        ylabel="seconds (log scale)",
-    )
-    ax.legend()
+    "How long the search for neighbors takes, and what faiss takes over NumPy, pair by pair."
+    search = rows[rows.benchmark == "search"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3))
+    for way, name, marker, line in [("plain", "NumPy", "s", "--"), ("ours", "faiss, exact", "o", "-")]:
+        some = search[search.way == way]
+        medians = some.groupby("x").value.median()
+        left.plot(some.x, some.value, marker, color="#333333", ms=5, mfc="none")
+        left.plot(medians.index, medians, color="#333333", ls=line, lw=1.2)
+        left.plot([], [], color="#333333", marker=marker, ls=line, mfc="none", label=name)
+    ratios = search.pivot_table(index=["x", "pair"], columns="way", values="value")
+    ratios = (ratios.ours / ratios.plain).rename("ratio").reset_index()
+    right.plot(ratios.x, ratios.ratio, "o", color="#333333", ms=5, mfc="none")
+    right.axhline(1, color="black", lw=0.9)
+    medians = ratios.groupby("x").ratio.median()
+    left.set(title="128 exact searches", ylabel="seconds (log scale)", yscale="log")
+    span = f"{medians.min():.1f} to {medians.max():.1f}"
+    right.set(title=f"faiss / NumPy: {span}", ylabel="ratio of seconds (log scale)")
+    right.set(yscale="log", ylim=(0.8, 10))
+    right.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="vectors of 384 dimensions (log scale)")
+        ax.set_xticks(list(medians.index), [f"{x:,.0f}" for x in medians.index])
+        ax.set_xlim(medians.index[0] / 2, medians.index[-1] * 2)
+        ax.minorticks_off()
+    left.yaxis.set_major_formatter("{x:g}")
+    left.legend()
     return fig
 
 

@@ -34,8 +34,8 @@ def same_words(
     return [any(block.b <= i < block.b + block.size for block in blocks) for i in range(len(words))]
 
 # %% ../../nbs/library/paper/case_study.ipynb #e75e8f0a
-_LINE = 78  # characters of a line of text
-_LEFT = 32  # characters of what stands left of it
+_LINE = 65  # characters of a line of text
+_LEFT = 35  # characters of what stands left of it
 _STEP = 1.25  # from one line of a text to the next
 
 
@@ -71,7 +71,7 @@ def _write_words(
                 ground.set_facecolor("#cfe3f3")
                 ax.add_patch(ground)
             color = "black" if true is None or true[i] else "#777777"
-            font: dict[str, Any] = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8.8}
+            font: dict[str, Any] = {"fontfamily": "DejaVu Sans Mono", "fontsize": 9}
             ax.text(x, at, words[i], va="center", color=color, zorder=2, **font)
             x += len(words[i]) + 1
     return y + _STEP * (len(lines) - 1)
@@ -143,7 +143,7 @@ def plot_case_study(
         y += 0.35 if entry.label else 0.0
         _write_names(ax, y, entry)
         y = _write_words(ax, y, entry.text.split(), entry.true) + 1.35
-    title = f"Of the words said at last, in the true text: {', '.join(_last_shares(here)[:3])}"
+    title = f"One text: share of the words said at last that are true: {', '.join(_last_shares(here)[:3])}"
     ax.set_title(title)
     texts = [f"{entry.label or 'later'} {entry.note}: {entry.text}." for entry in entries]
     ax.set_label(f"{title}. {' '.join(texts)}")
@@ -153,7 +153,7 @@ def plot_case_study(
 def _page(lines: float) -> Axes:
     "An Axes in a new figure with room for so many lines."
     height = 0.45 + 0.165 * lines  # inches
-    fig = plt.figure(figsize=(8.2, height))
+    fig = plt.figure(figsize=(7.8, height))
     fig.set_layout_engine("none")  # words stand where characters are counted
     return fig.add_axes((0, 0, 1, 1 - 0.4 / height))
 
@@ -162,7 +162,7 @@ def _write_names(ax: Axes, y: float, entry: _Entry) -> None:
     "Whose text it is, and when it was said."
     color = COLORS.get(entry.label, "black")
     ax.text(0, y, entry.label, color=color, fontsize=9, fontweight="bold", va="center")
-    ax.text(_LEFT - 1.5, y, entry.note, fontsize=8, va="center", ha="right", color="#444444")
+    ax.text(_LEFT - 1.5, y, entry.note, fontsize=9, va="center", ha="right", color="#444444")
 
 
 def _last_shares(samples: pd.DataFrame) -> list[str]:

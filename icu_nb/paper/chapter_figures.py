@@ -22,25 +22,32 @@ from .style import COLORS
 from .tables import interval
 
 # %% ../../nbs/library/paper/chapter_figures.ipynb #91da8763
-def _bar_label(value: float) -> str:
+_MARKERS = {method.label: method.marker for method in METHODS.values()}
+
+
+def _dot_label(value: float) -> str:
     return f"{value:.2f}" if value <= 1 else f"{value:,.0f}"
 
 
-def _draw_bars(
+def _draw_states(
     ax: Axes,
     states: dict[str, dict],  # label -> measures
     keys: Sequence[str],  # which measures
     names: Sequence[str],  # what these are called
 ) -> None:
-    "A group of bars per measure, a bar per label."
-    width = 0.8 / len(states)
-    ground: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
+    "A group of dots per measure, a dot per label, with its number."
     for k, (label, measures) in enumerate(states.items()):
-        shift = (k - (len(states) - 1) / 2) * width
+        shift = (k - (len(states) - 1) / 2) * 0.8 / len(states)
         places = [i + shift for i in range(len(keys))]
-        bars = ax.bar(places, [measures[key] for key in keys], width, color=COLORS[label], label=label)
-        ax.bar_label(bars, fmt=_bar_label, fontsize=8, padding=2, bbox=ground, zorder=4)
+        values = [measures[key] for key in keys]
+        look: dict[str, Any] = {"color": COLORS[label], "markersize": 7, "label": label, "zorder": 3}
+        ax.plot(places, values, _MARKERS.get(label, "P"), **look)
+        for x, value in zip(places, values, strict=True):
+            number: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 4}
+            beside: dict[str, Any] = {"xytext": (0, -11 if k % 2 else 11), "textcoords": "offset points"}
+            ax.annotate(_dot_label(value), (x, value), **beside, **number)
     ax.set_xticks(range(len(keys)), names)
+    ax.set_xlim(-0.5, len(keys) - 0.5)
     ax.grid(False, axis="x")
 
 
@@ -52,40 +59,43 @@ def _write_texts(ax: Axes, example: dict) -> None:
     place: dict[str, Any] = {"va": "center", "transform": ax.transAxes}
     for k, (label, color, text) in enumerate(lines):
         y = 1 - (k + 0.5) / len(lines)
-        ax.text(0, y, label, color=color, weight="bold", fontsize=9.5, **place)
-        folded = textwrap.fill(" ".join(text.split()), 122)
-        ax.text(0.125, y, folded, fontsize=8.5, family="DejaVu Sans Mono", **place)
+        ax.text(0, y, label, color=color, weight="bold", fontsize=9, **place)
+        folded = textwrap.fill(" ".join(text.split()), 78)
+        ax.text(0.19, y, folded, fontsize=9, family="DejaVu Sans Mono", **place)
 
 
 def plot_quickstart(
     example: dict,  # states (label -> measures), thresholds, prompt, truth, said (label -> text)
 ) -> Figure:
-    "What the models say, what is forgotten, and what it cost; empty texts are not shown."
+    "What the models say, what is forgotten, and the perplexity of other text; empty texts are not shown."
     has_texts = bool(example["prompt"])
-    fig = plt.figure(figsize=(11, 6.2 if has_texts else 3.6))
+    fig = plt.figure(figsize=(7.8, 6.4 if has_texts else 3.4))
     heights = [1, 1.25] if has_texts else [1]
-    grid = fig.add_gridspec(len(heights), 2, width_ratios=[2, 3], height_ratios=heights)
+    grid = fig.add_gridspec(len(heights), 2, width_ratios=[4, 5], height_ratios=heights)
     if has_texts:
         _write_texts(fig.add_subplot(grid[0, :]), example)
     left, right = fig.add_subplot(grid[-1, 0]), fig.add_subplot(grid[-1, 1])
-    _draw_bars(left, example["states"], ["ma", "el10"], ["MA", "EL$_{10}$"])
+    _draw_states(left, example["states"], ["ma", "el10"], ["MA", "EL$_{10}$"])
     icu, limits = example["states"]["ICU"], example["thresholds"]
     forgotten = icu["ma"] <= limits["ma"] and icu["el10"] <= limits["el"]
     title = "The forget set is forgotten" if forgotten else "ICU is over its thresholds"
-    left.set(title=title, ylabel="mean over the forget set", ylim=(0, 1.1))
+    left.set(title=title, ylabel="mean over the forget set", ylim=(-0.12, 1.15))
     for i, limit in enumerate(example["thresholds"].values()):
         label = "threshold" if i == 0 else "_nolegend_"
         left.hlines(limit, i - 0.45, i + 0.45, color="black", ls=":", lw=1.5, label=label)
     names = ["neighbors", "held-out\nof the same kind", "general text"]
-    _draw_bars(right, example["states"], ["neighbor_ppl", "heldout_ppl", "general_ppl"], names)
-    right.set(title="What it cost elsewhere", ylabel="perplexity (log scale)", yscale="log")
-    right.set_ylim(1, right.get_ylim()[1] * 2)
+    _draw_states(right, example["states"], ["neighbor_ppl", "heldout_ppl", "general_ppl"], names)
+    right.set(title="Perplexity of other text", ylabel="perplexity (log scale)", yscale="log")
+    low, high = right.get_ylim()
+    right.set_ylim(low / 1.4, high * 1.4)
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.minorticks_off()
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return fig
 
 # %% ../../nbs/library/paper/chapter_figures.ipynb #07f5d52e
 _KINDS_OF_TEXT = ["neighbors", "other retain", "held-out", "general"]
-_COLORED = ["original", "retrained", "ICU", "ICU (published rule)", "gradient ascent"]  # the rest is black
 
 
 def plot_baselines(
@@ -95,25 +105,28 @@ def plot_baselines(
     by = rows.groupby("method", sort=False)
     order = np.log(rows["held-out"]).groupby(rows.method, sort=False).mean().sort_values().index[::-1]
     labels = [METHODS[name].label for name in order]
-    fig, axes = plt.subplots(1, 4, figsize=(11, 5), sharey=True)
+    fig, axes = plt.subplots(1, 4, figsize=(7.8, 5.2), sharey=True)
     for ax, kind in zip(axes, _KINDS_OF_TEXT, strict=True):
         for y, (name, label) in enumerate(zip(order, labels, strict=True)):
             mean, low, high = interval(by.get_group(name)[kind], True)
-            color = COLORS[label] if label in _COLORED else "black"
+            color = COLORS[label]
             face = color if by.get_group(name).reached.all() else "white"
-            ax.plot([low, high], [y, y], color=color, lw=1.5)
-            ax.plot(mean, y, "o", color=color, mfc=face)
+            seeds = by.get_group(name)[kind]
+            ax.plot([low, high], [y, y], color=color, lw=1.4)
+            ax.plot(seeds, [y] * len(seeds), "|", color=color, ms=6, mew=0.9)
+            ax.plot(mean, y, _MARKERS[label], color=color, mfc=face, ms=5.5)
         level = interval(by.get_group("retrained")[kind], True)[0]
         ax.axvline(level, color=COLORS["retrained"], lw=1, ls="--")
-        ax.set(title=kind, xscale="log", xlabel="perplexity (log scale)")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.set(title=kind, xscale="log", xlabel="perplexity, log")
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 60 * low else (1,)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
+        ax.grid(False, axis="y")
     axes[0].set_yticks(range(len(order)), labels)
-    title = (
-        "Equal forgetting, unequal damage (hollow: did not forget enough on every seed; dashed: retrained)"
-    )
-    fig.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    note = "means, 95 % intervals, small strokes: single seeds; hollow: forgot too little on some seed; "
+    fig.supxlabel(f"{note}\ndashed: retrained", fontsize=9, x=0.01, ha="left", color="#444444")
+    fig.suptitle("Perplexity where training stops at the goal", x=0.01, ha="left", fontweight="bold", size=10)
     return fig
 
 # %% ../../nbs/library/paper/chapter_figures.ipynb #828e111c
@@ -136,7 +149,7 @@ def plot_real_model(
     rows: pd.DataFrame,  # figures/data/real_model.csv: a row per model and seed
 ) -> Figure:
     "What is memorized, what other text has become, and what nine benchmarks say, a dot per seed."
-    fig, axes = plt.subplots(1, 3, figsize=(8, 2.9), sharey=True)
+    fig, axes = plt.subplots(1, 3, figsize=(7.8, 2.9), sharey=True)
     shifts = _shifted(rows.seed)
     there = [model for model in _REAL_MODELS if (rows.model == model).any()]
     for y, model in enumerate(there):
@@ -179,4 +192,4 @@ def _name_real_marks(axes: Sequence[Axes]) -> None:
         ax.xaxis.label.set_fontsize(9)
         ax.title.set_fontsize(9.5)
         place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24)}
-        ax.legend(fontsize=8.5, frameon=False, handletextpad=0.3, ncols=1, **place)
+        ax.legend(fontsize=9, frameon=False, handletextpad=0.3, ncols=1, **place)

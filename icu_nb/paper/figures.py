@@ -96,11 +96,11 @@ def _plot_methods(
     ax: Axes | None = None,  # None: a new one
     by: str = "ppl_heldout",  # the measure that orders the methods, least at the top
 ) -> Axes:
-    "Each method's mean and interval; dashed: retrained."
+    "Each method's mean, interval and seeds; dashed: retrained."
     check_rows(rows, [column, by], ["profile", "data", "model"])
     order = summarize(rows, [by]).sort_values("mean", kind="stable").label
     found = summarize(rows, [column]).set_index("label").loc[order].reset_index()
-    panel = Panel.with_rows(ax, order)
+    panel = Panel.with_rows(ax, [label.replace("retrained", "retrained (dashed)") for label in order])
     panel.draw_dots(found, range(len(found)), _styles_of(found), multiplies(column))
     if "retrained" in set(order):
         level = found.set_index("label")["mean"]["retrained"]
@@ -112,12 +112,13 @@ def _plot_methods(
 
 
 def _styles_of(found: pd.DataFrame) -> list[tuple[str, str]]:
-    "Color and marker of each row's method."
-    return [METHODS[method].style for method in found.method]
+    "Color and marker of each row: those of its label, or else of its method."
+    pairs = zip(found.label, found.method, strict=True)
+    return [_STYLES.get(label, METHODS[method].style) for label, method in pairs]
 
 
 def _count_clear(rows: pd.DataFrame, found: pd.DataFrame, column: str) -> str:
-    "How many of the methods that forgot enough differ clearly from ICU; nothing where there is no other."
+    "How many of the methods that forgot enough differ significantly from ICU; nothing without another."
     others = set(found.method[found.reached]) - set(_YARDSTICKS)
     if "ICU" not in set(found.label) or not {"icu"} < others:
         return ""
@@ -127,7 +128,7 @@ def _count_clear(rows: pd.DataFrame, found: pd.DataFrame, column: str) -> str:
     effects = tests.effect[tests.p_holm < 0.05]
     same = 1 if multiplies(column) else 0
     over, under = (effects > same).sum(), (effects < same).sum()
-    return f": {over} of {len(tests)} clearly over ICU, {under} under"
+    return f": {over} of {len(tests)} above ICU, {under} below"
 
 # %% ../../nbs/library/paper/figures.ipynb #80ec493e
 def _plot_relative(
@@ -148,7 +149,7 @@ def _plot_relative(
         one = found[found.column == column].set_index("label").loc[labels].reset_index()
         shift = 0.22 * (k - (len(columns) - 1) / 2)
         positions = [y + shift for y in range(len(labels))]
-        panel.draw_dots(one, positions, [(color, marker)] * len(one), True, found["mean"])
+        panel.draw_dots(one, positions, [(color, marker)] * len(one), True, found)
         panel.name_style(name, (color, marker))
     panel.separate_rows(len(labels))
     panel.ax.axvline(1, color="black", linewidth=0.9, zorder=1)
@@ -156,17 +157,17 @@ def _plot_relative(
     panel.legend_below(hollow=True)
     lists = [f"{_text_name(column)}: {_list_means(found[found.column == column])}." for column in columns]
     alt = f"Multiples of {base}, mean and 95 % interval. {' '.join(lists)}"
-    return panel.finish(_largest_effect(tests), alt)
+    return panel.finish(_largest_effect(found[found.reached]), alt)
 
 
-def _largest_effect(tests: pd.DataFrame) -> str:
-    "The clear difference that is the largest factor."
-    clear = tests[tests.p_holm < 0.05]
+def _largest_effect(found: pd.DataFrame) -> str:
+    "The largest factor among the significant differences."
+    clear = found[found.p_holm < 0.05]
     if clear.empty:
-        return "No difference is clear on these seeds"
-    largest = clear.loc[np.log(clear.effect).abs().idxmax()]
+        return "No ratio differs significantly from 1"
+    largest = clear.loc[np.log(clear["mean"]).abs().idxmax()]
     text = _text_name(largest.column)
-    return f"“{largest.label}”: {largest.effect:.2g} times the perplexity on {text}"
+    return f"Largest significant ratio: {largest['mean']:.2g} on {text}, “{largest.label}”"
 
 
 def _plot_ablation(
@@ -195,84 +196,137 @@ def _plot_sensitivity(
 ) -> Axes:
     "α and β, at the learning rate most rows have."
     check_rows(rows, [column, "alpha", "beta", "learning_rate"], ["profile", "data", "model"])
-    grid = summarize(rows[rows.learning_rate == rows.learning_rate.mode()[0]], [column], ["alpha", "beta"])
+    rows = rows[rows.learning_rate == rows.learning_rate.mode()[0]]
+    grid = summarize(rows, [column], ["alpha", "beta"])
     means = grid.pivot(index="alpha", columns="beta", values="mean")
+    tests = _against_authors(rows, column)
     panel = Panel(ax, (5, 3.8))
     ax = panel.ax
-    _draw_heat_map(ax, grid, means)
+    _draw_heat_map(ax, grid, means, set(tests.index[tests.p_holm < 0.05]))
     ax.set_xticks(range(len(means.columns)), [f"{x:g}" for x in means.columns])
     ax.set_yticks(range(len(means)), [f"{y:g}" for y in means.index])
     ax.set(xlabel="β (weight of L_kl)", ylabel="α (weight of L_lrn)")
     ax.grid(visible=False)
     alpha, beta = _AUTHORS_WEIGHTS
     if alpha in means.index and beta in means.columns:
-        corner = (means.columns.get_loc(beta) - 0.47, means.index.get_loc(alpha) - 0.47)
-        ax.add_patch(Rectangle(corner, 0.94, 0.94, fill=False, edgecolor="white", linewidth=2))
+        corner = (means.columns.get_loc(beta) - 0.46, means.index.get_loc(alpha) - 0.46)
+        look: dict[str, Any] = {"fill": False, "edgecolor": "black", "linewidth": 2.2}
+        ax.add_patch(Rectangle(corner, 0.92, 0.92, label="frame: the authors' weights", **look))
     title = _text_name(column)
-    for one in grid[grid.reached].nsmallest(1, "mean").itertuples():
-        title += f": least perplexity at α = {one.alpha:g}, β = {one.beta:g}"
+    if len(tests):
+        clear = tests.effect[tests.p_holm < 0.05]
+        over, under = (clear > 1).sum(), (clear < 1).sum()
+        title += f": {over} of {len(tests)} cells above the authors' weights, {under} below"
+    panel.legend_below()
+    few = {True: "", False: " (forgot too little)"}
     cells = [
-        f"α {one.alpha:g}, β {one.beta:g}: {format_interval(one.mean, one.low, one.high)}"
+        f"α {one.alpha:g}, β {one.beta:g}: {format_interval(one.mean, one.low, one.high)}{few[one.reached]}"
         for one in grid.itertuples()
     ]
     return panel.finish(title, f"Heat map, mean and 95 % interval: {'; '.join(cells)}.")
 
 
-def _draw_heat_map(ax: Axes, grid: pd.DataFrame, means: pd.DataFrame) -> None:
-    "A colored cell per α and β, with the mean and the factor of its interval."
-    image = ax.imshow(
-        np.ma.masked_invalid(means),
-        norm=LogNorm(means.min().min(), means.max().max()),
-        cmap="cividis",
-        aspect="auto",
-        origin="lower",
-    )
+def _against_authors(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    "Every other cell that forgot enough on all seeds against the authors' weights, by α and β."
+    enough = rows[rows.groupby(["alpha", "beta"]).reached.transform("all").astype(bool)]
+    ours = (enough.alpha == _AUTHORS_WEIGHTS[0]) & (enough.beta == _AUTHORS_WEIGHTS[1])
+    if not ours.any() or enough.label.nunique() < 2:
+        return pd.DataFrame({"effect": [], "p_holm": []})
+    tests = significance(enough, [column], enough.label[ours].iloc[0])
+    places = enough.groupby("label")[["alpha", "beta"]].first()
+    return tests.set_index(pd.Index([tuple(places.loc[label]) for label in tests.label]))
+
+
+def _draw_heat_map(ax: Axes, grid: pd.DataFrame, means: pd.DataFrame, clear: set) -> None:
+    "A cell per α and β: colored, or hatched where too little was forgotten; a star where it is in `clear`."
+    reached = grid.pivot(index="alpha", columns="beta", values="reached").astype(bool)
+    shown = means.where(reached)
+    norm = LogNorm(shown.min().min(), shown.max().max()) if reached.any(axis=None) else None
+    image = ax.imshow(np.ma.masked_invalid(shown), norm=norm, cmap="cividis_r", aspect="auto", origin="lower")
+    failed: dict[str, Any] = {"facecolor": "white", "edgecolor": "#bbbbbb", "hatch": "///", "linewidth": 0}
     for one in grid.itertuples():
         x, y = means.columns.get_loc(one.beta), means.index.get_loc(one.alpha)
         factor = np.sqrt(one.high / one.low)
         text = f"{one.mean:.3g}" + ("" if math.isnan(factor) else f"\n×/ {factor:.2f}")
-        if not one.reached:
-            text = f"({text})"
-        brightness = np.dot(image.cmap(np.asarray(image.norm(one.mean)))[:3], (0.299, 0.587, 0.114))
-        ink = "white" if brightness < 0.5 else "black"
-        ax.text(x, y, text, ha="center", va="center", fontsize=8.5, color=ink)
+        ink = "#555555"
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        if one.reached:
+            text = text.replace("\n", "*\n") if (one.alpha, one.beta) in clear else text
+            color = image.cmap(np.asarray(image.norm(one.mean)))[:3]
+            ink = "white" if np.dot(color, (0.299, 0.587, 0.114)) < 0.5 else "black"
+            ground = {"facecolor": "none", "edgecolor": "none"}
+        else:
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **failed))
+        ax.text(x, y, text, ha="center", va="center", fontsize=9, color=ink, bbox=ground)
+    ax.add_patch(Rectangle((0, 0), 0, 0, label="hatched: forgot too little on some seed", **failed))
 
 # %% ../../nbs/library/paper/figures.ipynb #b6cbc735
 def _plot_rates(
     rows: pd.DataFrame,  # of the experiment `sensitivity`, with columns alpha, beta and learning_rate
-    columns: Sequence[str] = ("ppl_neighbors", "ppl_heldout", "ppl_general"),  # perplexities
+    measure: str = "ma",  # ma, or ratio: perplexities over those at the usual rate
     ax: Axes | None = None,  # None: a new one
 ) -> Axes:
-    "Learning rates, at the α and β with which several were tried."
-    check_rows(rows, [*columns, "alpha", "beta", "learning_rate"], ["profile", "data", "model"])
+    "Learning rates, at the α and β with which several were tried: where they end, and with what damage."
+    check_rows(rows, ["ma", "alpha", "beta", "learning_rate"], ["profile", "data", "model"])
+    usual = rows.learning_rate.mode()[0]
     alpha, beta = rows.groupby(["alpha", "beta"]).learning_rate.nunique().idxmax()
-    tried = rows[(rows.alpha == alpha) & (rows.beta == beta)]
-    found = summarize(tried, columns, ["learning_rate"]).sort_values("learning_rate")
-    panel = Panel(ax, (5, 4.1))
-    ax = panel.ax
-    for column in columns:
+    tried = rows[(rows.alpha == alpha) & (rows.beta == beta)].sort_values("learning_rate")
+    tried = tried.assign(label=tried.learning_rate.map(_short_rate))
+    labels = list(tried.label.unique())
+    panel = Panel.with_rows(ax, labels, legend=True)
+    if measure == "ma":
+        title, alt = _draw_rates_ma(panel, tried)
+    else:
+        title, alt = _draw_rate_ratios(panel, tried, labels, _short_rate(usual))
+    panel.legend_below(hollow=True)
+    return panel.finish(title, alt)
+
+
+def _short_rate(rate: float) -> str:
+    "3e-5 instead of 3e-05."
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def _draw_rates_ma(panel: Panel, tried: pd.DataFrame) -> tuple[str, str]:
+    "MA at the end, and the goal."
+    found = summarize(tried, ["ma"])
+    panel.draw_dots(found, range(len(found)), _styles_of(found), False)
+    _draw_goals(panel.ax, tried)
+    panel.ax.set(xlim=(0, 1.02), xlabel=_axis_name("ma"), ylabel="learning rate")
+    few = ", ".join(found.label[~found.reached])
+    title = f"{few} does not reach the goal" if few else "All rates reach the goal"
+    return title, f"MA at the end: {_list_means(found)}."
+
+
+def _draw_rate_ratios(panel: Panel, tried: pd.DataFrame, labels: list[str], usual: str) -> tuple[str, str]:
+    "Perplexities over those at the usual rate, seed by seed."
+    columns = ["ppl_neighbors", "ppl_heldout", "ppl_general"]
+    reached = tried.groupby("label").reached.all()
+    tests = significance(tried, columns, usual)
+    found = tests.rename(columns={"effect": "mean"}).assign(reached=tests.label.map(reached))
+    for k, column in enumerate(columns):
         name, color, marker = _PERPLEXITIES[column]
         one = found[found.column == column]
-        panel.draw_curve(one, "learning_rate", (color, marker), name)
-    ax.set(xscale="log", yscale="log", xlabel="learning rate, log scale", ylabel="perplexity, log scale")
-    rates = found.learning_rate.unique()
-    ax.set_xlim(rates.min() / 1.5, rates.max() * 1.5)
-    panel.plain_y_ticks()
-    ax.set_xticks(rates, [f"{rate:.0e}".replace("e-0", "e-") for rate in rates])
-    ax.set_xticks([], minor=True)
-    panel.legend_below(hollow=True)
-    found = found.assign(label=found.learning_rate)
+        ys = [labels.index(label) + 0.22 * (k - 1) for label in one.label]
+        panel.draw_dots(one, ys, [(color, marker)] * len(one), True, found)
+        panel.name_style(name, (color, marker))
+    panel.separate_rows(len(labels))
+    panel.ax.axvline(1, color="black", linewidth=0.9, zorder=1)
+    panel.ax.set_xlabel(f"perplexity, {usual} = 1, log scale")
+    clear = found[found.reached & (found.p_holm < 0.05)]
+    parts = [
+        f"{usual} to {one.label}: {_text_name(one.column)} × {one.mean:.2f}" for one in clear.itertuples()
+    ]
+    title = "; ".join(parts) or "No significant difference among the rates that reach the goal"
     lists = [f"{_text_name(column)}: {_list_means(found[found.column == column])}." for column in columns]
-    return panel.finish(_best_rate(found, columns[0]), " ".join(lists))
+    return title, f"Multiples of the perplexity at {usual}. {' '.join(lists)}"
 
 
-def _best_rate(found: pd.DataFrame, column: str) -> str:
-    "The learning rate with the least perplexity among those that forget enough."
-    enough = found[found.reached & (found.column == column)]
-    if enough.empty:
-        return "No rate forgot enough on every seed"
-    best = enough.loc[enough["mean"].idxmin()].learning_rate
-    return f"Of the rates that forget enough, {best:g} costs the {_text_name(column)} least"
+def _draw_goals(ax: Axes, rows: pd.DataFrame) -> None:
+    "A stroke in the row of each label at the MA at which it may stop."
+    goals = rows.groupby("label", sort=False).threshold_ma.mean()
+    ys = np.arange(len(goals))
+    ax.vlines(goals, ys - 0.32, ys + 0.32, color="black", linewidth=1.6, zorder=4, label="goal")
 
 # %% ../../nbs/library/paper/figures.ipynb #50670de2
 def _plot_thresholds(
@@ -283,24 +337,29 @@ def _plot_thresholds(
     "Where each rule ends, in the order of the rows."
     check_rows(rows, [column, "threshold_ma"], ["profile", "data", "model"])
     found = summarize(rows, [column])
-    panel = Panel.with_rows(ax, found.label)
-    panel.draw_dots(found, range(len(found)), _styles_of(found), multiplies(column))
+    panel = Panel.with_rows(ax, [_short_rule(label) for label in found.label])
+    rules = [label if label.startswith("ICU") else "ICU (published rule)" for label in found.label]
+    styles = [_STYLES["ICU" if rule.startswith("ICU,") else rule] for rule in rules]
+    panel.draw_dots(found, range(len(found)), styles, multiplies(column))
     if column == "ma":
-        goals = rows.groupby("label", sort=False).threshold_ma.mean()
-        ys = np.arange(len(goals))
-        panel.ax.vlines(goals, ys - 0.32, ys + 0.32, color="black", linewidth=1.6, zorder=4)
-        panel.ax.set_xlim(0, 1)
+        _draw_goals(panel.ax, rows)
+        panel.ax.set_xlim(0, 1.02)
     panel.ax.set_xlabel(_axis_name(column))
     ends = found["mean"].dropna()
     least, most = format_interval(ends.min()), format_interval(ends.max())
     title = f"{_measure_name(column)} ends between {least} and {most}"
     return panel.finish(title, f"Mean and 95 % interval per rule: {_list_means(found)}.")
 
+
+def _short_rule(label: str) -> str:
+    "A rule without the long name of its encoder."
+    return label.replace("all-MiniLM-L6-v2: F1", "MiniLM F1")
+
 # %% ../../nbs/library/paper/figures.ipynb #950beb63
-_DECIDERS = {  # column: what decided, color, hatch
-    "only_bleu": ("BLEU alone", "#0072B2", "//"),
-    "both": ("both", "#999999", ""),
-    "only_bert": ("BERTScore alone", "#E69F00", ".."),
+_DECIDERS = {  # column: what is under its threshold, color, marker
+    "only_bleu": ("BLEU alone", "#333333", "o"),
+    "both": ("both", "#333333", "s"),
+    "only_bert": ("BERTScore alone", "#333333", "x"),
 }
 
 
@@ -308,36 +367,32 @@ def _plot_deciders(
     rows: pd.DataFrame,  # of the experiment `thresholds`, with columns only_bleu, only_bert and both
     ax: Axes | None = None,  # None: a new one
 ) -> Axes:
-    "How often BLEU alone, BERTScore alone and both call a text forgotten."
+    "How often BLEU alone, BERTScore alone and both are under their thresholds, by rules with both."
     columns = list(_DECIDERS)
     check_rows(rows, columns, ["profile", "data", "model"])
-    shares = rows.dropna(subset=columns, how="all").groupby("label", sort=False)[columns].mean()
-    problem = "nobody decided by BLEU or BERTScore"
-    require(len(shares) > 0, "rows", problem, "Give rows with the published rule")
-    panel = Panel.with_rows(ax, shares.index, legend=True)
-    left = np.zeros(len(shares))
-    for column, (name, color, hatch) in _DECIDERS.items():
-        look: dict[str, Any] = {
-            "color": color,
-            "hatch": hatch,
-            "edgecolor": "white",
-            "linewidth": 0,
-            "label": name,
-        }
-        panel.ax.barh(range(len(shares)), shares[column], left=left, **look)
-        left = left + shares[column].fillna(0).to_numpy()
-    panel.ax.set(xlim=(0, 1), xlabel="share of all looks at a text")
+    asked = rows.groupby("label", sort=False)[["both", "only_bert"]].transform("max").max(axis=1) > 0
+    problem = "no rule used both BLEU and BERTScore"
+    require(bool(asked.any()), "rows", problem, "Give rows with the published rule and an encoder")
+    found = summarize(rows[asked], columns).assign(reached=True)
+    labels = list(found.label.unique())
+    panel = Panel.with_rows(ax, [_short_rule(label) for label in labels], legend=True)
+    for k, (column, (name, *style)) in enumerate(_DECIDERS.items()):
+        one = found[found.column == column]
+        ys = np.arange(len(labels)) + 0.25 * (k - 1)
+        panel.draw_dots(one, ys, [tuple(style)] * len(one), False)
+        panel.name_style(name, tuple(style))
+    panel.separate_rows(len(labels))
+    panel.ax.set(xlim=(-0.02, 1.02), xlabel="under the threshold: share of all checks of a text")
     panel.legend_below()
-    means = shares.mean()
-    title = (
-        f"“Forgotten” says BLEU alone in {means.only_bleu:.0%} of all looks, "
-        f"BERTScore alone in {means.only_bert:.0%}"
-    )
-    lists = []
-    for label, share in shares.iterrows():
-        parts = [f"{name} {share[column]:.0%}" for column, (name, _, _) in _DECIDERS.items()]
-        lists.append(f"{label}: {', '.join(parts)}")
-    return panel.finish(title, f"{'; '.join(lists)}.")
+    spans = found.groupby("column")["mean"].agg(["min", "max"])
+    parts = [
+        f"{_DECIDERS[column][0]} in {spans['min'][column]:.0%} to {spans['max'][column]:.0%} of the checks"
+        for column in ("only_bleu", "only_bert")
+    ]
+    lists = [
+        f"{name}: {_list_means(found[found.column == column])}." for column, (name, *_) in _DECIDERS.items()
+    ]
+    return panel.finish(f"Under its threshold: {', '.join(parts)}", " ".join(lists))
 
 # %% ../../nbs/library/paper/figures.ipynb #9668d90d
 def _pareto_front(
@@ -372,16 +427,19 @@ def _plot_tradeoff(
     rows: pd.DataFrame,  # of the experiment `tradeoff`: original and retrained are taken from it
     history: pd.DataFrame,  # per epoch: label, seed, ma and perplexities
     column: str = "ppl_heldout",  # a perplexity
+    ratios: bool = False,  # ratios to ICU's at the goal, instead of fronts
     ax: Axes | None = None,  # None: a new one
 ) -> Axes:
-    "Pareto fronts over epochs; the dotted line is the MA of the retrained model."
-    check_rows(rows, [column, "ma"], ["profile", "data", "model"])
-    levels = np.round(np.linspace(1, 0, 101), 2)
+    "Pareto fronts over epochs, or what each method has at the goal over what ICU has."
+    if ratios:
+        return _plot_goal_ratios(rows, history, column, ax)
+    check_rows(rows, ["ma", column, "threshold_ma"], ["profile", "data", "model"])
+    levels = np.round(np.arange(1.0, -0.001, -0.01), 2)
     found = fronts(history, column, levels.tolist()).dropna(subset="mean")
     panel = Panel(ax, (5, 4.8))
     ax = panel.ax
-    for k, (label, front) in enumerate(found.groupby("label", sort=False)):
-        _draw_front(ax, label, front, k)
+    for label, front in found.groupby("label", sort=False):
+        _draw_front(ax, label, front, history[history.label == label], column)
     points = _reference_points(rows, column)
     for one in points.itertuples():
         _draw_reference(ax, one)
@@ -395,37 +453,80 @@ def _plot_tradeoff(
     )
     ax.set_ylim(shown.min() / 1.4, min(shown.max() * 1.4, 1000 * shown.min()))
     panel.plain_y_ticks()
+    goals = rows[rows.label == "original"].threshold_ma
+    if len(goals):
+        ax.axvline(goals.mean(), color="black", linewidth=1, linestyle=":", zorder=1, label="goal")
     panel.legend_below()
-    title = f"what forgetting costs {_text_name(column)}"
     facts = [
         f"{one.label} {format_interval(one.mean, one.low, one.high)} at MA {one.ma:.2f}"
         for one in points.itertuples()
     ]
-    if "retrained" in set(points.label):
-        goal = points.set_index("label").ma["retrained"]
-        ax.axvline(goal, color=COLORS["retrained"], linewidth=1, linestyle=":", zorder=1)
-        there = found[found.level == levels[levels <= goal].max()].sort_values("mean").assign(reached=True)
-        facts.append(f"at retrained's MA: {_list_means(there) or 'none'}")
-        least = f"{there.label.iloc[0]} costs least" if len(there) else "nobody gets there on every seed"
-        title = f"{_text_name(column)}: {least}"
     names = ", ".join(found.label.unique())
     alt = f"Fronts of {names}: MA of the forget texts against {_measure_name(column)}. {'; '.join(facts)}."
-    return panel.finish(title, alt)
+    return panel.finish(f"{_text_name(column)}: lowest at or below each MA", alt)
 
 
-def _draw_front(ax: Axes, label: str, front: pd.DataFrame, k: int) -> None:
-    "A staircase; the markers of each method stand elsewhere, so that intervals do not cover one another."
+def _draw_front(ax: Axes, label: str, front: pd.DataFrame, history: pd.DataFrame, column: str) -> None:
+    "A staircase, thin ones for the seeds, and markers."
     color, marker = _STYLES[label]
-    ours = label == "ICU"
-    look: dict[str, Any] = {
-        "linewidth": 2.4 if ours else 1.5,
-        "drawstyle": "steps-post",
-        "zorder": 4 if ours else 3,
-    }
+    thin: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45, "drawstyle": "steps-post", "zorder": 2}
+    for _, run in history.groupby("seed"):
+        ax.plot(front.level, _pareto_front(run, column, front.level.tolist()), color=color, **thin)
+    look: dict[str, Any] = {"linewidth": 2 if label == "ICU" else 1.4, "drawstyle": "steps-post", "zorder": 3}
     ax.plot(front.level, front["mean"], color=color, **look)
-    some = front[(front.level * 100).round() % 10 == k % 10]
-    ax.vlines(some.level, some.low, some.high, color=color, linewidth=0.9, zorder=5)
-    ax.plot(some.level, some["mean"], marker, color=color, markersize=5, zorder=5, label=label)
+    some = front[(front.level * 100).round() % 10 == 0]
+    ax.plot(some.level, some["mean"], marker, color=color, markersize=4.5, zorder=5, label=label)
+
+
+_GOAL_MARKS = {  # column: in the legend, marker
+    "first": ("first epoch at the goal", "o"),
+    "lowest": ("lowest from then on", "s"),
+}
+
+
+def _plot_goal_ratios(
+    rows: pd.DataFrame,  # with the goal in `threshold_ma` of the original
+    history: pd.DataFrame,  # per epoch
+    column: str,  # a perplexity
+    ax: Axes | None,
+) -> Axes:
+    "Each method over ICU, seed by seed: at the first epoch that reaches the goal, and at the best one after."
+    ends = _at_goal(rows, history, column)
+    tables = [
+        significance(ends.assign(**{column: ends[kind]}), [column], "ICU").assign(kind=kind)
+        for kind in _GOAL_MARKS
+    ]
+    found = pd.concat(tables).rename(columns={"effect": "mean"}).assign(reached=True)
+    labels = list(dict.fromkeys(found.label))
+    panel = Panel.with_rows(ax, labels, legend=True)
+    titles = []
+    for kind, (name, marker) in _GOAL_MARKS.items():
+        one = found[found.kind == kind]
+        shift = -0.17 if kind == "first" else 0.17
+        styles = [(_STYLES[label][0], marker) for label in one.label]
+        panel.draw_dots(one, np.arange(len(one)) + shift, styles, True, found)
+        panel.name_style(name, ("#333333", marker))
+        clear = one["mean"][one.p_holm < 0.05]
+        of = f" of {len(labels)}" if kind == "first" else ""
+        titles.append(f"{(clear > 1).sum()}{of} above, {(clear < 1).sum()} below")
+    panel.separate_rows(len(labels))
+    panel.ax.axvline(1, color=COLORS["ICU"], linewidth=1.2, zorder=1)
+    panel.ax.set_xlabel("perplexity at the goal, ICU = 1, log scale")
+    panel.legend_below()
+    title = f"{_text_name(column)}, against ICU: at first {titles[0]}; lowest {titles[1]}"
+    lists = [f"{name}: {_list_means(found[found.kind == kind])}." for kind, (name, _) in _GOAL_MARKS.items()]
+    return panel.finish(title, " ".join(lists))
+
+
+def _at_goal(rows: pd.DataFrame, history: pd.DataFrame, column: str) -> pd.DataFrame:
+    "Per method and seed: a perplexity where MA first reaches the goal, and the lowest from there on."
+    goals = rows[rows.label == "original"].set_index("seed").threshold_ma
+    found = []
+    for (label, seed), run in history.groupby(["label", "seed"], sort=False):
+        there = run[run.ma <= goals[seed]].sort_values("epoch")[column]
+        first, lowest = (there.iloc[0], there.min()) if len(there) else (math.nan, math.nan)
+        found.append({"label": label, "seed": seed, "first": first, "lowest": lowest})
+    return pd.DataFrame(found)
 
 
 def _reference_points(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -458,8 +559,8 @@ def _plot_distance(
     clear = tests.effect[tests.p_holm < 0.05]
     text = "forget" if column == "distance" else "held-out"
     title = (
-        f"{text} texts: of {len(tests)} methods {sum(clear < 0)} end clearly nearer to retrained "
-        f"than the original is, {sum(clear > 0)} farther"
+        f"{text} texts: {(clear > 0).sum()} of {len(tests)} methods farther from retrained "
+        f"than the original, {(clear < 0).sum()} nearer"
     )
     return Panel(ax).finish(title, str(ax.get_label()).split(". ", 1)[1])
 
@@ -474,7 +575,8 @@ def _plot_requests(
     found = summarize(rows[rows.requests.notna()], [column], ["method", "requests", "batches"])
     found = found.sort_values("requests").assign(reached=True)
     panel = Panel(ax, (5, 4.1))
-    growth = [_draw_requests(panel, name, group) for name, group in found.groupby("method", sort=False)]
+    groups = found.groupby("method", sort=False)
+    growth = [_draw_requests(panel, name, group, 1.1**k) for k, (name, group) in enumerate(groups)]
     original = rows[rows.label == "original"]
     if column.startswith("ppl") and len(original):
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4, "zorder": 1}
@@ -488,7 +590,7 @@ def _plot_requests(
         panel.plain_y_ticks()
     panel.legend_below()
     measure = _measure_name(column).removesuffix(" in seconds")
-    title = f"From {counts[0]:g} to {counts[-1]:g} requests: {measure} {', '.join(growth)}"
+    title = f"{measure}: {', '.join(growth)}"
     found["label"] = [
         f"{METHODS[one.method].label}, {one.requests:g} requests in {one.batches:g}"
         for one in found.itertuples()
@@ -496,33 +598,37 @@ def _plot_requests(
     return panel.finish(title, f"{_list_means(found)}.")
 
 
-def _draw_requests(panel: Panel, name: str, group: pd.DataFrame) -> str:
-    "One method's curve and stars; by what factor the curve grows."
+def _draw_requests(panel: Panel, name: str, group: pd.DataFrame, shift: float) -> str:
+    "One method's curve and stars; by what factor the curve grows, seed by seed."
     method = METHODS[name]
+    group = group.assign(place=group.requests * shift)  # intervals of two methods stand beside each other
     once, several = group[group.batches == 1], group[group.batches > 1]
-    panel.draw_curve(once, "requests", method.style, method.label)
-    star: dict[str, Any] = {"markersize": 10, "markerfacecolor": "white"}
+    panel.draw_curve(once, "place", method.style, method.label)
+    star: dict[str, Any] = {"markersize": 9, "markerfacecolor": "white"}
     for many, batches in several.groupby("batches"):
-        x = batches.requests * 1.12
+        x = batches.place * 1.25
         label = f"{method.label}, {many:g} batches"
         panel.ax.plot(x, batches["mean"], "*", color=method.color, label=label, **star)
         panel.ax.vlines(x, batches.low, batches.high, color=method.color, linewidth=1)
-    change = once["mean"].iloc[-1] / once["mean"].iloc[0]
-    return f"× {format_interval(float(f'{change:.2g}'))} with {method.label}"
+    first, last = np.array(once.runs.iloc[0]), np.array(once.runs.iloc[-1])
+    change = format_interval(float(f"{interval(last / first, True)[0]:.2g}"))
+    return f"{method.label} × {change}"
 
 # %% ../../nbs/library/paper/figures.ipynb #2c7a92a5
 ATTACK_NAMES = {  # a row's column: what an attacker gets
+    "acc_forget": "facts: one of four answers chosen",
     "verbatim": "whole prefix: verbatim",
-    "recited": "whole prefix: facts",
-    "sampled": "best of 8 samples: facts",
-    "other_words": "other words: facts",
+    "recited": "whole prefix: common substring",
+    "sampled": "best of 8 samples: common substring",
+    "other_words": "other words: common substring",
+    "ma": "MA",
     "int8_ma": "MA after int8",
     "int4_ma": "MA after int4",
-    "ma": "MA",
     "unrelated_ma": "MA, unrelated text learned",
     "relearned_ma": "MA, others relearned",
     "relearned_es": "extraction strength, others relearned",
 }
+_CHANCE = {"acc_forget": 0.25}
 
 
 def _plot_limits(
@@ -531,18 +637,25 @@ def _plot_limits(
 ) -> Axes:
     "What attackers still get from each model."
     columns = [column for column in ATTACK_NAMES if column in rows and rows[column].notna().any()]
-    measured = bool(set(columns) - {"ma"})
+    measured = bool(set(columns) - {"ma", "acc_forget"})
     require(measured, "rows", "no attack was measured", "Give rows of the experiment limits")
     check_rows(rows, columns, ["profile", "data", "model"])
     found = summarize(rows, columns).assign(reached=True)
     labels = list(rows.label.unique())
-    panel = Panel.with_rows(ax, [ATTACK_NAMES[column] for column in columns], legend=True)
+    panel = Panel(ax, (7.7, 1.6 + 0.5 * len(columns)))
+    panel.ax.set_yticks(range(len(columns)), [ATTACK_NAMES[column] for column in columns])
+    panel.ax.set_ylim(len(columns) - 0.5, -0.5)
+    panel.ax.grid(axis="y", visible=False)
     for k, label in enumerate(labels):
         one = found[found.label == label]
-        shift = 0.7 * ((k + 0.5) / len(labels) - 0.5)
+        shift = 0.84 * ((k + 0.5) / len(labels) - 0.5)
         ys = (np.arange(len(columns)) + shift)[one["mean"].notna()]
         panel.draw_dots(one.dropna(subset="mean"), ys, [_STYLES[label]] * len(ys), False)
         panel.name_style(label, _STYLES[label])
+    for column, share in _CHANCE.items():
+        if column in columns:
+            y = columns.index(column)
+            panel.ax.vlines(share, y - 0.45, y + 0.45, color="black", linestyle=":", label="chance")
     panel.separate_rows(len(columns))
     panel.ax.set(xlim=(-0.02, 1.02), xlabel="0: nothing, 1: everything")
     panel.legend_below()
@@ -551,15 +664,13 @@ def _plot_limits(
 
 
 def _what_relearning_does(found: pd.DataFrame) -> str:
-    "MA before and after others were relearned, if it was measured."
-    means = found.pivot(index="label", columns="column", values="mean")
-    if not ({"ma", "relearned_ma"} <= set(means.columns) and {"ICU", "retrained"} <= set(means.index)):
+    "MA of texts that were not relearned, after others were, if it was measured."
+    there = found[(found.column == "relearned_ma") & (found.label != "random weights")]
+    means = there.set_index("label")["mean"]
+    if means.empty:
         return "What attackers still get"
-    before, after, fresh = means.ma["ICU"], means.relearned_ma["ICU"], means.relearned_ma["retrained"]
-    return (
-        f"Relearning a few texts brings MA on the others from {before:.2f} to {after:.2f} after ICU, "
-        f"{fresh:.2f} if retrained"
-    )
+    numbers = ", ".join(f"{label} {mean:.2f}" for label, mean in means.items())
+    return f"MA of the other texts after a quarter is learned again: {numbers}"
 
 # %% ../../nbs/library/paper/figures.ipynb #3aa51b89
 def _plot_architectures(
@@ -567,7 +678,7 @@ def _plot_architectures(
     column: str = "ppl_heldout",  # a perplexity
     ax: Axes | None = None,  # None: a new one
 ) -> Axes:
-    "What unlearning costs each architecture, as a multiple of its own original."
+    "Perplexity of each architecture after unlearning, as a multiple of its own original's."
     check_rows(rows, [column, "model"], ["profile", "data"])
     found = _against_original(rows, column)
     models = list(found.model.unique())
@@ -577,16 +688,14 @@ def _plot_architectures(
     for k, label in enumerate(labels):
         one = found[found.label == label].set_index("model").loc[models].reset_index()
         ys = np.arange(len(models)) + 0.25 * (k - (len(labels) - 1) / 2)
-        panel.draw_dots(one, ys, [_STYLES[label]] * len(one), True, found["mean"])
+        panel.draw_dots(one, ys, [_STYLES[label]] * len(one), True, found)
         panel.name_style(label, _STYLES[label])
     panel.ax.axvline(1, color="black", linewidth=0.9, zorder=1)
     panel.ax.set_xlabel(f"{_measure_name(column)}, original = 1, log scale")
     panel.legend_below(hollow=True)
-    ours = found[found.label == "ICU"]["mean"]
-    title = f"{_measure_name(column)}, by architecture"
-    if len(ours):
-        span = f"{ours.min():.2g} to {ours.max():.2g}"
-        title = f"ICU makes {_measure_name(column)} {span} times the original's"
+    spans = found.groupby("label", sort=False)["mean"].agg(["min", "max"])
+    parts = [f"{one.Index} × {one.min:.2g} to {one.max:.2g}" for one in spans.itertuples()]
+    title = f"{_measure_name(column)}: {', '.join(parts)}"
     lists = []
     for label in labels:
         by_model = found[found.label == label].assign(label=lambda t: t.model)
@@ -610,16 +719,11 @@ def _in_all_models(found: pd.DataFrame, label: str) -> bool:
     return found[found.label == label].model.nunique() == found.model.nunique()
 
 # %% ../../nbs/library/paper/figures.ipynb #97fdd967
-_INTERVALS = "means over seeds and 95 % intervals"
+_INTERVALS = "means, 95 % intervals, small strokes: single seeds"
 _NOTE = f"{_INTERVALS}; hollow: forgot too little on some seed"
-_CELLS = (
-    "geometric means over seeds, and the factor of their 95 % interval; "
-    "in brackets: forgot too little on some seed; frame: the authors' weights"
-)
-_FRONT = (
-    f"the least perplexity at an MA at or under each level, {_INTERVALS}; "
-    "dotted: MA of the retrained model, at which the titles compare"
-)
+_TESTS = "titles count paired t-tests with p < 0.05 after Holm"
+_CELLS = f"geometric means and the factor of their 95 % interval; dark: high; *: significant; {_TESTS}"
+_FRONT = f"left: means and seeds (thin); right: {_INTERVALS}; {_TESTS}"
 
 
 def _each(*columns: str) -> tuple[dict[str, str], ...]:
@@ -639,7 +743,8 @@ class _Recipe:
     panels: tuple = ({},)  # further arguments, panel by panel
     where: dict = field(default_factory=dict)  # column -> its values: which rows
     tables: tuple = ("",)  # what `draw` takes: "" rows, "_history", "_samples"
-    size: tuple = (10, 3.9)  # inches, of a figure with several panels
+    size: tuple = (7.7, 3.6)  # inches, of a figure with several panels
+    columns: int = 0  # panels side by side; 0: all
     sharey: bool = False  # the same labels in all panels
     note: str = ""  # under the figure
 
@@ -651,9 +756,9 @@ FIGURES = {
         _plot_methods,
         _NEAR_AND_FAR,
         {"data": ["people"]},
-        size=(10, 5.6),
+        size=(7.7, 5.6),
         sharey=True,
-        note=f"{_NOTE}; dashed: retrained",
+        note=f"{_NOTE}; {_TESTS}",
     ),
     "main_table_pile": _Recipe(
         "main_table",
@@ -661,42 +766,55 @@ FIGURES = {
         _NEAR_AND_FAR,
         {"data": [f"pile{run}" for run in range(5)]},
         sharey=True,
-        note=f"{_NOTE}; dashed: retrained",
+        note=f"{_NOTE}; {_TESTS}",
     ),
-    "ablation": _Recipe("ablation", _plot_ablation, note=_NOTE),
-    "sensitivity": _Recipe("sensitivity", _plot_sensitivity, _NEAR_AND_FAR, note=_CELLS),
-    "learning_rate": _Recipe("sensitivity", _plot_rates, note=_NOTE),
+    "ablation": _Recipe("ablation", _plot_ablation, note=_INTERVALS),
+    "sensitivity": _Recipe("sensitivity", _plot_sensitivity, _NEAR_AND_FAR, size=(7.7, 4), note=_CELLS),
+    "learning_rate": _Recipe(
+        "sensitivity",
+        _plot_rates,
+        ({"measure": "ma"}, {"measure": "ratio"}),
+        size=(7.7, 3),
+        sharey=True,
+        note=_INTERVALS,
+    ),
     "case_study": _Recipe(
         "case_study", plot_case_study, where={"label": SHOWN_METHODS}, tables=("_samples",)
     ),
     "case_study_all": _Recipe("case_study", plot_case_study, ({"looks": 1},), tables=("_samples",)),
-    "neighbors": _Recipe("neighbors", _plot_neighbors, note=_NOTE),
+    "neighbors": _Recipe("neighbors", _plot_neighbors, note=_INTERVALS),
     "thresholds": _Recipe(
         "thresholds",
         _plot_thresholds,
         _each("ma", "ppl_heldout"),
-        size=(10, 5),
+        size=(7.7, 4.4),
         sharey=True,
-        note=f"{_NOTE}; stroke: MA at which a run may stop",
+        note=f"{_NOTE}; long black stroke: MA at which a run may stop",
     ),
-    "deciders": _Recipe("thresholds", _plot_deciders),
+    "deciders": _Recipe("thresholds", _plot_deciders, note=_INTERVALS),
     "tradeoff": _Recipe(
-        "tradeoff", _plot_tradeoff, _NEAR_AND_FAR, tables=("", "_history"), size=(12, 5), note=_FRONT
+        "tradeoff",
+        _plot_tradeoff,
+        tuple(one | {"ratios": ratios} for one in _NEAR_AND_FAR for ratios in (False, True)),
+        tables=("", "_history"),
+        size=(7.7, 9),
+        columns=2,
+        note=_FRONT,
     ),
     "distance": _Recipe(
         "tradeoff",
         _plot_distance,
         _each("distance", "distance_heldout"),
         sharey=True,
-        note=f"{_INTERVALS}; hollow: after 20 epochs not at half of the goal's MA on some seed",
+        note=f"{_INTERVALS}; hollow: after 20 epochs not at half of the goal's MA on some seed; {_TESTS}",
     ),
     "requests": _Recipe(
         "requests",
         _plot_requests,
         _each("seconds_train", "ppl_neighbors", "ppl_heldout"),
-        size=(12, 4.4),
-        note=f"{_INTERVALS}; hollow: in batches; dashed: the original",
+        size=(7.7, 4.2),
+        note=f"{_INTERVALS}; ×: from 1 to 512 requests at once; hollow: in batches; dashed: the original",
     ),
     "limits": _Recipe("limits", _plot_limits, where={"model": ["tiny gpt-neo"]}, note=_INTERVALS),
-    "architectures": _Recipe("limits", _plot_architectures, note=_NOTE),
+    "architectures": _Recipe("limits", _plot_architectures, note=_INTERVALS),
 }

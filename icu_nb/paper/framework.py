@@ -21,13 +21,13 @@ BOXES = [  # x, y of the lower left corner, stage, what it is, which function or
     (0, 17, "", "retain pool", "data.corpus.Corpus"),
     (0, 0, "", "original model, $p_0$", "models.loading.load_model"),
     (27, 17, "CLE", "neighbors, $r$", "cle.nearest_neighbors"),
-    (27, 0, "CLE", "what $p_0$ says of $r$", "reference.OriginalModel"),
+    (27, 0, "CLE", "$p_0$ on $r$", "reference.OriginalModel"),
     (54, 34, "KUI", r"$L_{fgt} = -\mathrm{CE}(f)$", "kui.unlearning_loss"),
     (54, 17, "CLE", r"$\alpha\,L_{lrn} = \alpha\,\mathrm{CE}(r)$", "cle.pair_learning_loss"),
     (54, 0, "CLE", r"$\beta\,L_{kl} = \beta\,\mathrm{KL}(p_0\,\|\,p_\theta)$", "cle.kl_loss"),
     (83, 17, "", r"train $p_\theta$ for an epoch", "unlearn.train_epoch"),
-    (83, 34, "IUR", "what does it say?", "iur.score_forget_set"),
-    (54, 51, "IUR", "who trains next?", "iur.select_icu"),
+    (83, 34, "IUR", "check", "iur.score_forget_set"),
+    (54, 51, "IUR", "what trains next?", "iur.select_icu"),
     (83, 0, "", "unlearned model", "result.UnlearnResult"),
 ]
 _STAGES = {"KUI": COLORS["forget"], "CLE": COLORS["ICU"], "IUR": COLORS["retrained"], "": "#777777"}
@@ -51,16 +51,16 @@ _ARROWS: list[list[tuple[float, float]]] = [  # points of each; the tip is the l
     [(105, 38.5), (108, 38.5), (108, 4.5), (105, 4.5)],
 ]
 _NOTES = [  # x, y, text, degrees
-    (32, 57.3, "those who still remember, again", 0),
+    (32, 57.3, "texts which are not forgotten", 0),
     (110, 21.5, "stop: EL and MA low enough", 90),
 ]
-_TITLE = "ICU: unlearn $f$, hold on to its neighbors $r$, and ask after every epoch who still remembers"
+_TITLE = "ICU: unlearn $f$, keep its neighbors $r$, and check after every epoch which texts are forgotten"
 _ALT = (
     "ICU as boxes and arrows. Forget texts and a retain pool give neighbors (cle.nearest_neighbors). "
     "Three losses train the model for an epoch (unlearn.train_epoch): kui.unlearning_loss on the forget "
     "texts, cle.pair_learning_loss on the neighbors, and cle.kl_loss on the neighbors against the original "
-    "model (reference.OriginalModel). iur.score_forget_set asks what it says; iur.select_icu sends those who "
-    "still remember back to training; when EL and MA are low enough an unlearned model is left "
+    "model (reference.OriginalModel). iur.score_forget_set checks every text; iur.select_icu sends the texts "
+    "which are not forgotten back to training; when EL and MA are low enough an unlearned model is left "
     "(result.UnlearnResult)."
 )
 
@@ -76,9 +76,10 @@ def _draw_box(ax: Axes, x: float, y: float, stage: str, title: str, code: str) -
     ax.add_patch(FancyBboxPatch((x, y), _WIDTH, _HEIGHT, zorder=2, **style))
     name = f"$\\bf{{{stage}}}$  {title}" if stage else title
     middle: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3}
-    ax.text(x + _WIDTH / 2, y + 6.1, name, fontsize=10, **middle)
-    mono: dict[str, Any] = {"fontsize": 8.5, "fontfamily": "DejaVu Sans Mono", "color": "#444444"}
-    ax.text(x + _WIDTH / 2, y + 2.5, code, **middle, **mono)
+    ax.text(x + _WIDTH / 2, y + 7.1, name, fontsize=9, **middle)
+    mono: dict[str, Any] = {"fontsize": 9, "fontfamily": "DejaVu Sans Mono", "color": "#444444"}
+    module, _, function = code.rpartition(".")
+    ax.text(x + _WIDTH / 2, y + 3.2, f"{module}.\n{function}", linespacing=1.1, **middle, **mono)
 
 
 def _draw_arrow(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
@@ -95,7 +96,7 @@ def plot_framework(
     ax: Axes | None = None,  # None: a new one
 ) -> Axes:
     "ICU's parts, by the names of their functions, and what flows between them."
-    ax = ax or plt.subplots(figsize=(10, 5.4))[1]
+    ax = ax or plt.subplots(figsize=(7.8, 5))[1]
     ax.set(xlim=(-1, 112), ylim=(-1.5, 62))
     ax.axis("off")
     for box in BOXES:

@@ -9,11 +9,13 @@ __all__ = ['show_figure']
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from ..errors import ICUError, InputError, require
@@ -84,18 +86,38 @@ def _read_tables(name: str, folder: Path, profile: str) -> list[pd.DataFrame]:
 
 
 def _draw_panels(name: str, tables: list[pd.DataFrame]) -> Figure:
-    "All panels of a figure, side by side."
+    "All panels of a figure, row by row."
     recipe = FIGURES[name]
     if len(recipe.panels) == 1:
         return cast(Figure, recipe.draw(*tables, **recipe.panels[0]).figure)
-    fig, axes = plt.subplots(1, len(recipe.panels), figsize=recipe.size, sharey=recipe.sharey)
-    for ax, panel in zip(axes, recipe.panels, strict=True):
+    columns = recipe.columns or len(recipe.panels)
+    shape = (len(recipe.panels) // columns, columns)
+    fig, grid = plt.subplots(*shape, figsize=recipe.size, sharey=recipe.sharey, squeeze=False)
+    for ax, panel in zip(grid.flat, recipe.panels, strict=True):
         recipe.draw(*tables, **panel, ax=ax)
-        ax.tick_params(axis="x", labelsize=10)  # neighbors' last and first number stand side by side
-    for ax in axes[1:]:  # all panels have the same legend
-        if legend := ax.get_legend():
-            legend.remove()
+    _join_legends(fig, recipe.note)
     return fig
+
+
+def _join_legends(fig: Figure, note: str) -> None:
+    "One legend below all panels, under the note."
+    handles: dict[str, Artist] = {}
+    for ax in fig.axes:
+        if legend := ax.get_legend():
+            names = [text.get_text() for text in legend.get_texts()]
+            handles |= dict(zip(names, legend.legend_handles, strict=True))
+            legend.remove()
+    if handles:
+        longest = max(map(len, handles))
+        look = {"frameon": False, "handletextpad": 0.3, "columnspacing": 1.2, "alignment": "left"}
+        title = _fold_note(note)
+        place = {"loc": "outside lower left", "ncols": max(1, 105 // (longest + 6))}
+        box = fig.legend(handles.values(), handles.keys(), title=title, **place, **look)
+        box.get_title().set(color="#444444", fontsize=9)
+
+
+def _fold_note(note: str) -> str:
+    return textwrap.fill(note, 112)
 
 
 def _draw_figure(
@@ -114,8 +136,8 @@ def _draw_figure(
         return draw(_read_stored(folder / file))
     fig = _draw_panels(name, _read_tables(name, folder, profile))
     note = FIGURES[name].note
-    if note:
-        fig.supxlabel(note, fontsize=8.5, x=0.01, ha="left", color="#444444")
+    if note and not fig.legends:
+        fig.supxlabel(_fold_note(note), fontsize=9, x=0.01, ha="left", color="#444444")
     return fig
 
 
@@ -162,8 +184,7 @@ def _draw_and_save(name: str, args: argparse.Namespace) -> bool:
         print(f"{name}: not drawn. {error}")
         return False
     stem = name if args.profile == "tiny" else f"{name}_{args.profile}"
-    paths = save_figure(fig, stem, args.out)
-    print(f"{name}: {' '.join(map(str, paths))}")
+    print(f"{name}: {save_figure(fig, stem, args.out)}")
     if alt_text(fig):
         print(f"    {alt_text(fig)}".rstrip())
     plt.close(fig)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/library/paper/style.ipynb #92f30c7b
 _TEXT_COLORS = {
-    "forget": "#D55E00",
-    "neighbors": "#56B4E9",
-    "held-out": "#CC79A7",
-    "general": "#E69F00",
+    "forget": "#994455",
+    "neighbors": "#8073AC",
+    "held-out": "#6B8E23",
+    "general": "#C49A6C",
 }
-_PRETRAINED = {"pretrained": "#AA4499"}  # a model as published: no method made it
+_PRETRAINED = {"pretrained": "#5E3C99"}  # a model as published: no method made it
 COLORS = {method.label: method.color for method in METHODS.values()} | _TEXT_COLORS | _PRETRAINED
 
 # %% ../../nbs/library/paper/style.ipynb #b006acca
@@ -64,16 +64,21 @@ _OURS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.titlesize": 11,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9.5,
+    "font.size": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.title_fontsize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "icu_nb",
     "figure.constrained_layout.use": True,
 }
 
 
 def set_figure_style() -> None:
-    "The one style of all figures: readable at column width, in grey too."
+    "The one style of all figures: at most 8 inches wide, no text under 9 points."
     plt.rcParams.update(_THEME)
     plt.rc("xtick", bottom=False, **_TICKS)
     plt.rc("ytick", left=False, **_TICKS)
@@ -85,14 +90,13 @@ def save_figure(
     fig: Figure,  # what is drawn
     name: str,  # file name without an ending
     folder: str | Path = "figures",  # where it goes; made if it is not there
-) -> list[Path]:  # of the PNG and of the SVG
-    "Write `fig` as PNG and SVG without a date, so that the same figure gives the same files."
+) -> Path:  # of the PNG
+    "Write `fig` as a PNG that names matplotlib's version and no date: the same figure, the same bytes."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    fig.savefig(png, metadata={"Software": None})
-    fig.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    path = folder / f"{name}.png"
+    fig.savefig(path)
+    return path
 
 # %% ../../nbs/library/paper/style.ipynb #e8d7042d
 class LiveCurve:

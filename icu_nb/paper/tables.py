@@ -25,6 +25,18 @@ def multiplies(
     return column.startswith(("ppl_", "seconds_"))
 
 
+_SHARES = {"ma", "el10", "bleu", "distinct", "verbatim", "recited", "sampled", "other_words"}
+_SHARES |= {"only_bleu", "only_bert", "both", "relearned_ma", "relearned_es", "unrelated_ma"}
+_SHARES |= {"int8_ma", "int4_ma", "acc_forget", "acc_retain", "acc_heldout"}
+
+
+def _possible_range(column: str) -> tuple[float, float]:
+    "The least and the largest value that a measure can have."
+    if column in _SHARES:
+        return 0.0, 1.0
+    return (0.0 if column.startswith("distance") else -math.inf), math.inf
+
+
 def interval(
     values: Sequence[float] | np.ndarray | pd.Series,  # one per seed; NaN: not measured
     geometric: bool = False,  # in logarithms
@@ -73,17 +85,19 @@ def summarize(
     by: Sequence[str] = ("label",),  # what makes a group
 ) -> (
     pd.DataFrame
-):  # *by, method, reached (on every seed), column, n, mean, low, high; in the order of the rows
-    "Means and 95 % intervals over seeds, as numbers: a row per group and measure."
+):  # *by, method, reached (on every seed), column, n, mean, low, high, runs; in the order of the rows
+    "Means, 95 % intervals within the possible range, and single seeds: a row per group and measure."
     check_rows(rows, [*by, *columns])
     found = []
     for name, group in rows.groupby(list(by), sort=False, dropna=False):
         reached = bool(group.reached.astype(bool).all()) if "reached" in group else True
         same = dict(zip(by, name, strict=True)) | {"method": group.method.iloc[0], "reached": reached}
         for column in columns:
-            mean, low, high = interval(group[column], multiplies(column))
-            n = int(group[column].notna().sum())
-            found.append({**same, "column": column, "n": n, "mean": mean, "low": low, "high": high})
+            mean, *ends = interval(group[column], multiplies(column))
+            low, high = np.clip(ends, *_possible_range(column))
+            runs = tuple(group[column].dropna().astype(float))
+            numbers = {"n": len(runs), "mean": mean, "low": low, "high": high, "runs": runs}
+            found.append({**same, "column": column, **numbers})
     return pd.DataFrame(found)
 
 
@@ -163,7 +177,7 @@ def significance(
     against: str = "ICU",  # label that the others are compared with
 ) -> (
     pd.DataFrame
-):  # a row per measure and other label: n, effect (a ratio or a difference), low, high, p, p_holm
+):  # a row per measure and other label: n, effect (a ratio or a difference), low, high, p, runs, p_holm
     "A paired t-test over seeds for each label, with Holm's correction within each measure."
     tables = []
     for column in columns:
@@ -182,10 +196,11 @@ def _effect(d: pd.Series, geometric: bool) -> dict[str, float]:
     "The mean of differences, a ratio if geometric; without variation, or with one seed, there is no test."
     from scipy import stats  # slow to import
 
-    effect, low, high = interval(np.exp(d), True) if geometric else interval(d)
+    runs = np.exp(d) if geometric else d
+    effect, low, high = interval(runs, geometric)
     varies = len(d) > 1 and np.ptp(d) > 0
     p = stats.ttest_1samp(d, 0).pvalue if varies else math.nan
-    return {"n": len(d), "effect": effect, "low": low, "high": high, "p": p}
+    return {"n": len(d), "effect": effect, "low": low, "high": high, "p": p, "runs": tuple(runs)}
 
 # %% ../../nbs/library/paper/tables.ipynb #10a00021
 def verdict(

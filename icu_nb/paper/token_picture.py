@@ -51,7 +51,7 @@ _GROUNDS = [to_hex(color) for color in plt.get_cmap("cividis")(np.linspace(0, 1,
 _PALETTE = [(ground, _readable(ground)) for ground in _GROUNDS]  # and the color of the text on it
 
 # %% ../../nbs/library/paper/token_picture.ipynb #06c00012
-_LINE = 50  # characters of a line of text in the figure
+_LINE = 48  # characters of a line of text in the figure
 _STEP = 1.3  # from one line of text to the next
 
 
@@ -100,7 +100,7 @@ def _draw_tokens(
     look: dict,  # probability and greedy of all but the first
 ) -> None:
     "Write a text, every token on its ground."
-    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8, "va": "center", "parse_math": False}
+    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 9, "va": "center", "parse_math": False}
     for row, line in enumerate(_lines_of(tokens)):
         x = 0
         at = y + _STEP * row
@@ -121,9 +121,9 @@ def _draw_scale(fig: Figure, height: float) -> None:
     scale.imshow([range(101)], cmap="cividis", aspect="auto", extent=(0, 1, 0, 1))
     scale.set(xticks=[0, 0.5, 1], yticks=[])
     scale.grid(False)
-    scale.tick_params(labelsize=8, length=2, pad=1)
+    scale.tick_params(labelsize=9, length=2, pad=1)
     text = "probability given the true text before; underlined: no token is more probable"
-    fig.text(0.29, 0.37 / height, text, fontsize=8, va="center")
+    fig.text(0.29, 0.37 / height, text, fontsize=9, va="center")
 
 # %% ../../nbs/library/paper/token_picture.ipynb #06c00015
 _STYLE = """
@@ -275,8 +275,8 @@ class TokenPicture:
         "A column per run, and three looks in each; the words stand where characters are counted."
         rows = _STEP * len(_lines_of(self.tokens)) + 2.2  # lines of a look, with what stands above it
         deepest = max(len(_shown_epochs(looks)) for looks in self.runs.values())
-        column = 0.0669 * (_LINE + 3)  # inches
-        height = 0.125 * rows * deepest + 0.95
+        column = 0.0753 * (_LINE + 3)  # inches
+        height = 0.14 * rows * deepest + 0.95
         fig = plt.figure(figsize=(column * len(self.runs), height))
         fig.set_layout_engine("none")
         for k, label in enumerate(self.runs):
@@ -296,7 +296,7 @@ class TokenPicture:
         ax.set_title(f"{label}: MA {first:.2f}, then {last:.2f}", fontsize=10, x=1 / (_LINE + 3))
         for number, epoch in enumerate(_shown_epochs(looks)):
             y = rows * number
-            ax.text(0, y + 0.7, f"epoch {epoch}, MA {self.ma(label, epoch):.2f}", fontsize=8.5, va="center")
+            ax.text(0, y + 0.7, f"epoch {epoch}, MA {self.ma(label, epoch):.2f}", fontsize=9, va="center")
             _draw_tokens(ax, y + 2.1, self.tokens, looks[epoch])
 
     def _as_png(self) -> bytes:
