@@ -151,7 +151,7 @@ for (const figure of document.querySelectorAll("figure.icu-tokens:not([data-read
   const last = Math.max(...runs.map(run => run.looks.length)) - 1;
   const range = {type: "range", min: 0, max: last, step: 1, value: 0};
   const slider = add(add(figure, "label", "epoch"), "input", "", range);
-  slider.parentElement.hidden = last === 0;  // one look
+  slider.parentElement.hidden = last === 0;
   const status = add(figure, "p");
   status.setAttribute("aria-live", "polite");
   const columns = add(figure, "div", "", {className: "icu-tokens-runs"});
