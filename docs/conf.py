@@ -87,6 +87,8 @@ def front_page():
 def pages():
     """Path -> content of every page and figure of the site."""
     yield "index.md", front_page().encode()
+    for name in ("results", "notebooks"):
+        yield f"docs/{name}.md", (HERE / f"{name}.md").read_bytes()
     for figure in (ROOT / "figures").glob("*.*"):
         yield f"figures/{figure.name}", figure.read_bytes()
     for notebook in notebooks():

@@ -182,6 +182,17 @@ def test_3_padding_does_not_count():
     assert kl_loss(now, then, mask).item() == pytest.approx(kl_loss(now[:, :5], then[:, :5]).item(), rel=1e-6)
 
 
+def test_3_padding_weakens_the_authors_term():
+    """Six of ten positions are real: their mean over all ten pulls a real one 0.6 times as strongly."""
+    generator = torch.Generator().manual_seed(0)
+    now, then = (torch.randn(2, 6, 9, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
+    now.requires_grad_()
+    theirs = -(then.softmax(-1) * (now.softmax(-1) + 1e-12).log()).sum(-1)[:, :-1].mean()
+    pulls = [torch.autograd.grad(loss, now)[0][0, 0].norm() for loss in (theirs, kl_loss(now, then, mask))]
+    assert (pulls[0] / pulls[1]).item() == pytest.approx(0.6, rel=1e-3)
+
+
 # ---- 4: a batch of forgotten sequences only ----
 
 

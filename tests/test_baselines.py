@@ -6,7 +6,8 @@ import pandas as pd
 
 from icu_nb.methods.registry import METHODS
 from icu_nb.paper import baselines
-from icu_nb.paper.baselines import read_baselines, run_baselines
+from icu_nb.paper.baselines import _read_baselines as read_baselines
+from icu_nb.paper.baselines import run_baselines
 
 STORED = Path(__file__).resolve().parents[1] / "figures/data/baselines.csv"
 

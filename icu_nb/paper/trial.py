@@ -6,7 +6,6 @@
 __all__ = ['run_trial']
 
 # %% ../../nbs/library/paper/trial.ipynb #9b6307ea
-import copy
 import math
 import random
 import threading
@@ -21,20 +20,16 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import ICUConfig
-from ..data.people import people
 from ..embedding import Embedder
 from ..errors import InputError, require
 from ..evals.people_questions import find_facts
-from ..iur import select_icu, select_published_rule
 from ..methods.registry import get_method
-from ..models.loading import add_lora
-from .edited_models import edited_model
 from .measure import Outcome, measure_outcome
+from .method_models import edited_model, train_by
 from .setup import LocalFiles, Setup, Trial, TrialSettings, find_encoder, prepare_setup
-from ..plumbing import provenance, seed_everything
+from ..plumbing import provenance
 from ..result import UnlearnResult
 from ..text import tokenize
-from ..unlearn import unlearn
 
 # %% ../../nbs/library/paper/trial.ipynb #0dea6470
 def _replace_words(text: str, share: float, words: list[str], rng: random.Random) -> str:
@@ -96,19 +91,6 @@ class _NeighborEmbedder(Embedder):
         return _with_coordinate(self._sign * base(texts), to_general)
 
 # %% ../../nbs/library/paper/trial.ipynb #5d2c6d56
-_REFINEMENTS = {"none": None, "icu": select_icu, "published_rule": select_published_rule}
-
-
-def _alternatives(trial: Trial, setup: Setup, texts: list[str]) -> list | None:
-    "What to say instead; for DPO records of other invented people, or general text."
-    method, n = get_method(trial.method), len(texts)
-    if method.alternatives == "given":
-        of_people = trial.data == "people"
-        return people(n, seed=1000 + trial.seed) if of_people else setup.corpus.general_train[:n]
-    options = {"max_length": trial.settings.max_length, "seed": trial.seed}
-    return method.write_alternatives(setup.original, setup.tokenizer, texts, **options)
-
-
 def _learning_rate(settings: TrialSettings) -> float:
     if settings.learning_rate is None:
         problem, remedy = "none is known for this method", "Name one in the settings"
@@ -138,7 +120,9 @@ def _loop_config(trial: Trial, n: int) -> ICUConfig:
     )
 
 
-def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: list[str]) -> UnlearnResult:
+def _unlearn_request(
+    model: PreTrainedModel | None, trial: Trial, setup: Setup, texts: list[str]
+) -> UnlearnResult:
     "One request; the history gets the perplexities that are watched."
     settings = trial.settings
 
@@ -148,25 +132,21 @@ def _unlearn_request(model: PreTrainedModel, trial: Trial, setup: Setup, texts: 
         seconds = row["seconds_check"] + time.perf_counter() - began  # watching is no training
         return {f"ppl_{kind}": value for kind, value in found.items()} | {"seconds_check": seconds}
 
-    result = unlearn(
-        model,
-        setup.tokenizer,
+    return train_by(
+        get_method(trial.method),
+        setup,
         texts,
         _neighbor_pool(settings, setup),
         _loop_config(trial, len(texts)),
-        objective=get_method(trial.method).make(**settings.loss),
-        heldout=setup.corpus.heldout,
-        thresholds=setup.goal(settings),
-        refinement=_REFINEMENTS[settings.refinement],
-        callback=watch if settings.watch else None,  # with it, every epoch is checked
-        alternatives=_alternatives(trial, setup, texts),
+        model=model,
+        loss=settings.loss,
         step_rule=get_method(trial.method).make_rule(**settings.step_rule),
+        refinement=settings.refinement,
+        thresholds=setup.goal(settings),
+        callback=watch if settings.watch else None,  # with it, every epoch is checked
         embedder=_NeighborEmbedder(settings, setup),
         encoder=find_encoder(settings.encoder) if settings.encoder else None,
     )
-    if result.stop_reason == "interrupted":  # an unfinished run makes no row
-        raise KeyboardInterrupt
-    return result
 
 # %% ../../nbs/library/paper/trial.ipynb #a514bc95
 def _joined(results: list[UnlearnResult]) -> Outcome:
@@ -191,13 +171,13 @@ def _joined(results: list[UnlearnResult]) -> Outcome:
 
 def _train(trial: Trial, setup: Setup) -> Outcome:
     "Train as the settings say."
-    seed_everything(trial.seed)  # an adapter begins with random numbers
-    model = copy.deepcopy(setup.original)
-    if trial.method == "eul":
-        model = add_lora(model)
     texts = np.array(setup.forget_texts(trial.settings), dtype=object)
     requests = np.array_split(texts, trial.settings.batches)
-    return _joined([_unlearn_request(model, trial, setup, list(request)) for request in requests])
+    results: list[UnlearnResult] = []
+    for request in requests:
+        model = results[-1].model if results else None
+        results.append(_unlearn_request(model, trial, setup, list(request)))
+    return _joined(results)
 
 # %% ../../nbs/library/paper/trial.ipynb #557bcc30
 def _original(trial: Trial, setup: Setup) -> Outcome:
