@@ -108,14 +108,14 @@ def plot_baselines(
     fig, axes = plt.subplots(1, 4, figsize=(7.8, 5.2), sharey=True)
     for ax, kind in zip(axes, _KINDS_OF_TEXT, strict=True):
         for y, (name, label) in enumerate(zip(order, labels, strict=True)):
-            mean, low, high = interval(by.get_group(name)[kind], True)
+            mean, low, high = interval(by.get_group(name)[kind], "log")
             color = COLORS[label]
             face = color if by.get_group(name).reached.all() else "white"
             seeds = by.get_group(name)[kind]
             ax.plot([low, high], [y, y], color=color, lw=1.4)
             ax.plot(seeds, [y] * len(seeds), "|", color=color, ms=6, mew=0.9)
             ax.plot(mean, y, _MARKERS[label], color=color, mfc=face, ms=5.5)
-        level = interval(by.get_group("retrained")[kind], True)[0]
+        level = interval(by.get_group("retrained")[kind], "log")[0]
         ax.axvline(level, color=COLORS["retrained"], lw=1, ls="--")
         ax.set(title=kind, xscale="log", xlabel="perplexity, log")
         low, high = ax.get_xlim()

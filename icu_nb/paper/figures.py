@@ -417,7 +417,7 @@ def fronts(
         for level, values in zip(levels, runs.T, strict=True):
             mean = low = high = math.nan
             if not np.isnan(values).any():
-                mean, low, high = interval(values, True)
+                mean, low, high = interval(values, "log")
             row = {"label": label, "level": level, "n": len(runs), "mean": mean, "low": low, "high": high}
             found.append(row)
     return pd.DataFrame(found)
@@ -580,7 +580,7 @@ def _plot_requests(
     original = rows[rows.label == "original"]
     if column.startswith("ppl") and len(original):
         look: dict[str, Any] = {"linestyle": "--", "linewidth": 1.4, "zorder": 1}
-        panel.ax.axhline(interval(original[column], True)[0], color=COLORS["original"], **look)
+        panel.ax.axhline(interval(original[column], "log")[0], color=COLORS["original"], **look)
     counts = sorted(found.requests.unique())
     panel.ax.set(xscale="log", xlabel="requests, log scale", ylabel=_axis_name(column))
     panel.ax.set_xticks(counts, [f"{n:g}" for n in counts])
@@ -611,7 +611,8 @@ def _draw_requests(panel: Panel, name: str, group: pd.DataFrame, shift: float) -
         panel.ax.plot(x, batches["mean"], "*", color=method.color, label=label, **star)
         panel.ax.vlines(x, batches.low, batches.high, color=method.color, linewidth=1)
     first, last = np.array(once.runs.iloc[0]), np.array(once.runs.iloc[-1])
-    change = format_interval(float(f"{interval(last / first, True)[0]:.2g}"))
+    factor, *_ = interval(last / first, "log")
+    change = format_interval(float(f"{factor:.2g}"))
     return f"{method.label} × {change}"
 
 # %% ../../nbs/library/paper/figures.ipynb #2c7a92a5

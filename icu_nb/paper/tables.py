@@ -8,7 +8,7 @@ __all__ = ['multiplies', 'interval', 'check_rows', 'summarize', 'format_interval
 
 # %% ../../nbs/library/paper/tables.ipynb #10a00004
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +29,47 @@ def multiplies(
 _SHARES = {"ma", "el10", "bleu", "distinct", "verbatim", "recited", "sampled", "other_words"}
 _SHARES |= {"only_bleu", "only_bert", "both", "relearned_ma", "relearned_es", "unrelated_ma"}
 _SHARES |= {"int8_ma", "int4_ma", "acc_forget", "acc_retain", "acc_heldout"}
+_SHARES |= {"auc_loss", "auc_min-k", "answered"}
+_LEAST_SHARE = 0.002  # what 0 counts as on the logit scale, and 1 as its complement
 
 
-def _possible_range(column: str) -> tuple[float, float]:
-    "The least and the largest value that a measure can have."
-    if column in _SHARES:
-        return 0.0, 1.0
-    return (0.0 if column.startswith("distance") else -math.inf), math.inf
+def _scale(column: str) -> str:
+    "On which scale a measure's interval is made."
+    if multiplies(column):
+        return "log"
+    return "logit" if column in _SHARES else "linear"
+
+
+def _log_odds(shares: np.ndarray) -> np.ndarray:
+    inside = shares.clip(_LEAST_SHARE, 1 - _LEAST_SHARE)
+    return np.log(inside / (1 - inside))
+
+
+_TURNED: dict[str, Callable] = {"linear": np.asarray, "log": np.log, "logit": _log_odds}
 
 
 def interval(
     values: Sequence[float] | np.ndarray | pd.Series,  # one per seed; NaN: not measured
-    geometric: bool = False,  # in logarithms
+    scale: str = "linear",  # "log": of what multiplies; "logit": of shares, with both ends between 0 and 1
 ) -> tuple[float, float, float]:  # mean, and both ends of its 95 % t-interval; without two values NaN
-    "The mean over seeds, with its interval."
+    "The mean over seeds (on the scale log the geometric one), with its interval."
     numbers = np.asarray(values, dtype=float)
     numbers = numbers[~np.isnan(numbers)]
     n = len(numbers)
-    mean = half = math.nan
+    if n == 0:
+        return math.nan, math.nan, math.nan
     with np.errstate(divide="ignore", invalid="ignore"):  # a perplexity may have left the range of numbers
-        if geometric:
-            numbers = np.log(numbers)
-        if n > 0:
-            mean = numbers.mean()
-        if n > 1:
-            half = stdtrit(n - 1, 0.975) * numbers.std(ddof=1) / n**0.5
-        ends = np.array([mean, mean - half, mean + half])
-        if geometric:
+        turned = _TURNED[scale](numbers)
+        center = _log_odds(numbers.mean()) if scale == "logit" else turned.mean()
+        half = stdtrit(n - 1, 0.975) * turned.std(ddof=1) / n**0.5 if n > 1 else math.nan
+        ends = np.array([center, center - half, center + half])
+        if scale == "log":
             ends = np.exp(ends)
+        elif scale == "logit":
+            ends = 1 / (1 + np.exp(-ends))
+            ends[0] = numbers.mean()
+            if half == 0:  # all seeds alike
+                ends[:] = ends[0]
     return float(ends[0]), float(ends[1]), float(ends[2])
 
 # %% ../../nbs/library/paper/tables.ipynb #10a00012
@@ -94,8 +107,9 @@ def summarize(
         reached = bool(group.reached.astype(bool).all()) if "reached" in group else True
         same = dict(zip(by, name, strict=True)) | {"method": group.method.iloc[0], "reached": reached}
         for column in columns:
-            mean, *ends = interval(group[column], multiplies(column))
-            low, high = np.clip(ends, *_possible_range(column))
+            mean, low, high = interval(group[column], _scale(column))
+            if column.startswith("distance"):
+                low = max(low, 0.0)
             runs = tuple(group[column].dropna().astype(float))
             numbers = {"n": len(runs), "mean": mean, "low": low, "high": high, "runs": runs}
             found.append({**same, "column": column, **numbers})
@@ -198,7 +212,7 @@ def _effect(d: pd.Series, geometric: bool) -> dict[str, Any]:
     from scipy import stats  # slow to import
 
     runs = np.exp(d) if geometric else d
-    effect, low, high = interval(runs, geometric)
+    effect, low, high = interval(runs, "log" if geometric else "linear")
     varies = len(d) > 1 and np.ptp(d) > 0
     p = stats.ttest_1samp(d, 0).pvalue if varies else math.nan
     return {"n": len(d), "effect": effect, "low": low, "high": high, "p": p, "runs": tuple(runs)}
