@@ -80,12 +80,13 @@ TEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reo
 	--durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=900 \
 	--nbval-kernel-startup-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
-check: .venv/.dev  ## style, types, the direction of imports, and whether icu_nb/ is what the notebooks export
+check: .venv/.dev  ## style, types, the direction of imports, whether icu_nb/ is what the notebooks export, and plain short text
 	$(PY) -m ruff check nbs icu_nb tests tools docs
 	$(PY) -m ruff format --check nbs tests tools docs
 	$(PY) -m mypy -p icu_nb
 	.venv/bin/lint-imports
 	$(PY) tools/check_export.py
+	$(PY) tools/check_text.py
 
 test: .venv/.dev  ## pytest, and every notebook in nbs/ but the course's
 	$(TEST) -m "not slow"

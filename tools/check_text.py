@@ -40,8 +40,9 @@ def chapter(path):
 
 
 def code_lines(source):
-    """How many lines a cell has, its signatures not counted."""
-    return len([line for line in SIGNATURE.sub("", source).splitlines() if line.strip()])
+    """How many lines a cell has, its signatures and directives not counted."""
+    lines = SIGNATURE.sub("", source).splitlines()
+    return len([line for line in lines if line.strip() and not line.startswith(("#|", "@"))])
 
 
 def found_in(name, text):

@@ -774,7 +774,7 @@ def _who_trains(
     return [row.ma > limits.ma or row.el > limits.el for row in rows]
 
 
-@_exercise("06_iur", "implement", 3, 20, "who is forgotten, who trains next, and why nobody is no answer")
+@_exercise("06_iur", "implement", 3, 20, "which texts train next, and what an empty selection means")
 def _check_who_trains(
     answer: Callable,  # (scores: columns bleu, bert_f1, ma, el; thresholds) -> bool array [n]
 ) -> str:  # praise
@@ -783,7 +783,7 @@ def _check_who_trains(
     low, high = [0.0] * 4, [0.9] * 4
     cases = [
         (
-            "One low score of the two is enough to count as forgotten, and who is forgotten rests.",
+            "One low score of the two is enough to count as forgotten, and a forgotten text rests.",
             memory.assign(bleu=[0.5, 0.0, 0.5, 0.0], bert_f1=[0.9, 0.9, 0.1, 0.1]),
         ),
         (

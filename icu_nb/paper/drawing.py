@@ -72,7 +72,7 @@ def _round_values(low: float, high: float) -> list[float]:
     "About four round numbers between two ends of a logarithmic axis."
     decades = math.log10(high / low)
     steps = [1]
-    if decades < 2.5:
+    if decades < 2.5 and high < 1e4:
         steps = [1, 3]
     if decades < 1.7:
         steps = [1, 2, 5]

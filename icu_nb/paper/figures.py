@@ -357,9 +357,9 @@ def _short_rule(label: str) -> str:
 
 # %% ../../nbs/library/paper/figures.ipynb #950beb63
 _DECIDERS = {  # column: what is under its threshold, color, marker
-    "only_bleu": ("BLEU alone", "#333333", "o"),
-    "both": ("both", "#333333", "s"),
-    "only_bert": ("BERTScore alone", "#333333", "x"),
+    "only_bleu": ("BLEU alone", ("#333333", "o")),
+    "both": ("both", ("#333333", "s")),
+    "only_bert": ("BERTScore alone", ("#333333", "x")),
 }
 
 
@@ -376,11 +376,11 @@ def _plot_deciders(
     found = summarize(rows[asked], columns).assign(reached=True)
     labels = list(found.label.unique())
     panel = Panel.with_rows(ax, [_short_rule(label) for label in labels], legend=True)
-    for k, (column, (name, *style)) in enumerate(_DECIDERS.items()):
+    for k, (column, (name, style)) in enumerate(_DECIDERS.items()):
         one = found[found.column == column]
         ys = np.arange(len(labels)) + 0.25 * (k - 1)
-        panel.draw_dots(one, ys, [tuple(style)] * len(one), False)
-        panel.name_style(name, tuple(style))
+        panel.draw_dots(one, ys, [style] * len(one), False)
+        panel.name_style(name, style)
     panel.separate_rows(len(labels))
     panel.ax.set(xlim=(-0.02, 1.02), xlabel="under the threshold: share of all checks of a text")
     panel.legend_below()
@@ -390,7 +390,7 @@ def _plot_deciders(
         for column in ("only_bleu", "only_bert")
     ]
     lists = [
-        f"{name}: {_list_means(found[found.column == column])}." for column, (name, *_) in _DECIDERS.items()
+        f"{name}: {_list_means(found[found.column == column])}." for column, (name, _) in _DECIDERS.items()
     ]
     return panel.finish(f"Under its threshold: {', '.join(parts)}", " ".join(lists))
 

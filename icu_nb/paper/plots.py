@@ -11,7 +11,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -103,16 +103,19 @@ def _join_legends(fig: Figure, note: str) -> None:
     "One legend below all panels, under the note."
     handles: dict[str, Artist] = {}
     for ax in fig.axes:
-        if legend := ax.get_legend():
-            names = [text.get_text() for text in legend.get_texts()]
-            handles |= dict(zip(names, legend.legend_handles, strict=True))
-            legend.remove()
+        legend = ax.get_legend()
+        if legend is None:
+            continue
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
+            if handle is not None:
+                handles[text.get_text()] = handle
+        legend.remove()
     if handles:
-        longest = max(map(len, handles))
-        look = {"frameon": False, "handletextpad": 0.3, "columnspacing": 1.2, "alignment": "left"}
-        title = _fold_note(note)
-        place = {"loc": "outside lower left", "ncols": max(1, 105 // (longest + 6))}
-        box = fig.legend(handles.values(), handles.keys(), title=title, **place, **look)
+        ncols = max(1, 105 // (max(map(len, handles)) + 6))
+        look: dict[str, Any] = {"frameon": False, "handletextpad": 0.3, "columnspacing": 1.2}
+        look |= {"ncols": ncols, "alignment": "left", "title": _fold_note(note)}
+        both = (list(handles.values()), list(handles))
+        box = fig.legend(*both, loc="outside lower left", **look)
         box.get_title().set(color="#444444", fontsize=9)
 
 

@@ -10,6 +10,7 @@ __all__ = ['multiplies', 'interval', 'check_rows', 'summarize', 'format_interval
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -192,7 +193,7 @@ def significance(
     return pd.concat(tables, ignore_index=True)
 
 
-def _effect(d: pd.Series, geometric: bool) -> dict[str, float]:
+def _effect(d: pd.Series, geometric: bool) -> dict[str, Any]:
     "The mean of differences, a ratio if geometric; without variation, or with one seed, there is no test."
     from scipy import stats  # slow to import
 

@@ -151,6 +151,7 @@ for (const figure of document.querySelectorAll("figure.icu-tokens:not([data-read
   const last = Math.max(...runs.map(run => run.looks.length)) - 1;
   const range = {type: "range", min: 0, max: last, step: 1, value: 0};
   const slider = add(add(figure, "label", "epoch"), "input", "", range);
+  slider.parentElement.hidden = last === 0;
   const status = add(figure, "p");
   status.setAttribute("aria-live", "polite");
   const columns = add(figure, "div", "", {className: "icu-tokens-runs"});
@@ -180,7 +181,7 @@ for (const figure of document.querySelectorAll("figure.icu-tokens:not([data-read
       const ended = epoch > end ? ` (ended after epoch ${end})` : "";
       return `${run.label}: MA ${run.ma[at].toFixed(2)}${ended}`;
     });
-    status.textContent = `epoch ${epoch} of ${last}. ${said.join("; ")}`;
+    status.textContent = (last ? `epoch ${epoch} of ${last}. ` : "") + said.join("; ");
     slider.setAttribute("aria-valuetext", status.textContent);
   };
   slider.addEventListener("input", show);
@@ -293,7 +294,10 @@ class TokenPicture:
         "The looks of one run, one below the other."
         looks = self.runs[label]
         first, last = self.ma(label, 0), self.ma(label, len(looks) - 1)
-        ax.set_title(f"{label}: MA {first:.2f}, then {last:.2f}", fontsize=10, x=1 / (_LINE + 3))
+        title = f"{label}: MA {first:.2f}"
+        if len(looks) > 1:
+            title += f", then {last:.2f}"
+        ax.set_title(title, fontsize=10, x=1 / (_LINE + 3))
         for number, epoch in enumerate(_shown_epochs(looks)):
             y = rows * number
             ax.text(0, y + 0.7, f"epoch {epoch}, MA {self.ma(label, epoch):.2f}", fontsize=9, va="center")
