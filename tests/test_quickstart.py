@@ -162,7 +162,7 @@ def test_the_picture_says_what_was_reached(ma, el10, title):
     fig = plot_quickstart(example)
     assert title in [fig.axes[0].get_title(side) for side in ("left", "center")]  # as the figure style has it
     names = [label.get_text() for label in fig.legends[0].get_texts()]
-    assert names == ["threshold", "original", "ICU", "pretrained"]
+    assert names == ["original", "ICU", "pretrained", "threshold"]
 
 
 # ---- the whole notebook, with a small model in place of the pretrained one ----
