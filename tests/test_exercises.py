@@ -354,7 +354,7 @@ WRONG = {
         ),
     ],
     "membership": [
-        (likelihood, "for whom should the score be higher"),
+        (likelihood, "for which texts should the score be higher"),
         (lambda model, sequences: torch.zeros(len(sequences)), "is not enough"),
     ],
     "relearning": [

@@ -671,8 +671,8 @@ def _check_nearest(
     order = [sorted(range(20), key=lambda j: math.dist(query, pool[j])) for query in queries]
     copies = np.zeros((6, 20), dtype=bool)
     cases = {
-        "Where nothing is a copy your neighbors are off: nearest by which distance, and to whom?": 0,
-        "A copy is no neighbor, even if it is the nearest; who comes next?": 2,
+        "Where nothing is a copy your neighbors are off: nearest by which distance, and to which text?": 0,
+        "A copy is no neighbor, even if it is the nearest; which one comes next?": 2,
     }
     for hint, skipped in cases.items():
         for i in range(0, 6, 2):
@@ -1120,7 +1120,7 @@ def _check_membership(
     scores = _call_answer(answer, model, mixed, like=torch.zeros(32), seconds=30).double()
     reached = auc(scores[order < 16], scores[order >= 16])
     assert reached > 0.2, (
-        f"An AUC of {reached:.2f} knows very well who was there: for whom should the score be higher?"
+        f"An AUC of {reached:.2f} knows very well who was there: for which texts should the score be higher?"
     )
     assert reached >= 0.9, (
         f"An AUC of {reached:.2f} is not enough: "
