@@ -137,7 +137,7 @@ def _of_seeds(data: str, seeds: Iterable[int], *models: str) -> list[_Entry]:
 
 
 _FIRST = ("memorized", "retrained", "ICU+", "gradient ascent", "ICU")  # nothing before it needs a later one
-_TOFU = _Sizes(n_forget=40, n_retain=160, max_length=160, repeats=3)
+_TOFU = _Sizes(n_forget=40, n_retain=160, max_length=160, repeats=3, max_epochs=10)
 _PROFILES = {
     "real": _Profile(
         {"people": _Sizes(), "tofu": _TOFU},
@@ -836,7 +836,7 @@ def _resolve(study: _Study, name: str) -> str:
 # %% ../../nbs/library/paper/real_model.ipynb #ddc7aaa3
 _MINUTES = {  # "teach": a memorized or a retrained model; the others: what is then done with it
     "people": {"teach": 13, "unlearn": 6, "measure": 12},
-    "tofu": {"teach": 25, "unlearn": 20, "measure": 22},
+    "tofu": {"teach": 25, "unlearn": 15, "measure": 22},
 }
 
 
