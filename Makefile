@@ -24,7 +24,7 @@ OUT_DIR = runs/quickstart
 # What the benchmarks run on: cpu, or cuda for the rows of a GPU; and which parts, if not all.
 DEVICE = cpu
 PARTS =
-# The size at which the paper is reproduced: tiny, gpu or paper; one experiment, or all of them.
+# The size at which the paper is reproduced: tiny, gpu or paper, or real; one experiment, or all of them.
 PROFILE = tiny
 NAME = all
 
@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit real scores reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit scores reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -146,14 +146,11 @@ audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit
 	$(PY) -m papermill nbs/paper/31_audit.ipynb runs/audit/31_audit.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True $(if $(SEEDS),-r seeds "$(SEEDS)")
 
-real: .venv/.dev  ## the rows of chapter 10, with SmolLM2-135M-Instruct: figures/data/real_model.csv; goes on where it was stopped [SEEDS="0 1" DATA_DIR=]
-	$(PY) -m icu_nb.paper.real_model $(SEEDS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-
 scores: .venv/.dev  ## the nine benchmarks of SmolLM2-135M-Instruct: figures/data/smollm2_benchmarks.csv; goes on where it was stopped [TASKS= DATA_DIR=]
 	$(PY) -m icu_nb.paper.benchmark_scores $(TASKS) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
-reproduce: .venv/.dev  ## make the rows of the paper's tables and figures: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper NAME=all DATA_DIR=]
-	$(PY) -m icu_nb.paper.experiments run $(NAME) --profile $(PROFILE) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+reproduce: .venv/.dev  ## make the rows of the paper's tables and figures, or (real) of the study of SmolLM2-135M: figures/data; goes on where it was stopped [PROFILE=tiny|gpu|paper|real NAME=all DATA_DIR=]
+	$(PY) -m icu_nb.paper.$(if $(filter real,$(PROFILE)),real_model $(if $(filter-out all,$(NAME)),--only "$(NAME)"),experiments run $(NAME) --profile $(PROFILE)) $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:  ## delete what was made here, except .venv
 	rm -rf runs build dist _docs _proc *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

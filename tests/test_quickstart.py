@@ -7,6 +7,7 @@ import subprocess
 from importlib.util import find_spec
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from test_project import NBS, ROOT, cells, tags, text
 
@@ -14,7 +15,6 @@ from icu_nb.data.people import people_corpus
 from icu_nb.errors import InputError
 from icu_nb.models import loading
 from icu_nb.models.tiny import memorize, tiny_gpt_neo, tiny_model, train_tokenizer
-from icu_nb.paper import real_model
 from icu_nb.paper.chapter_figures import plot_quickstart
 from icu_nb.paper.quickstart import Stages, quickstart_settings
 
@@ -77,11 +77,12 @@ def test_a_pretrained_model_is_measured_cheaply(lora):
 
 
 def test_the_quickstart_and_chapter_10_use_the_same_settings():
-    rows, chosen = real_model._Settings(), quickstart_settings("smollm2")
+    stored = pd.read_csv(ROOT / "figures/data/real_model.csv").set_index("model")
+    rows, chosen = json.loads(stored.settings["ICU"].iloc[0]), quickstart_settings("smollm2")
     for name in ("n_neighbors", "alpha", "beta", "learning_rate", "check_steps", "max_length"):
-        assert getattr(chosen.config, name) == getattr(rows, name), name
-    assert chosen.ascent_learning_rate == rows.ascent_learning_rate
-    assert (chosen.n_forget, chosen.n_retain) == (rows.n_forget, rows.n_retain)
+        assert getattr(chosen.config, name) == rows[name], name
+    assert chosen.ascent_learning_rate == rows["ascent_learning_rate"]
+    assert (chosen.n_forget, chosen.n_retain) == (rows["n_forget"], rows["n_retain"])
 
 
 def test_another_model_is_taken_as_it_is():

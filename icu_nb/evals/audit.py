@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from icu_nb.evals.membership import (
     priv_leak_interval,
     usable_length,
 )
+from ..examples import Examples
 from ..metrics import memorization_accuracy, memorization_scores
 from ..models.loading import merge_lora
 from ..models.tiny import make_train_step
@@ -80,8 +81,8 @@ def quantize(
 def relearn(
     model: "PreTrainedModel | PeftModel",  # a causal LM; it is not changed
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    texts: list[str],  # what it is fine-tuned on
-    watched: list[str],  # what is measured
+    texts: Sequence[Any],  # what it is fine-tuned on: strings, or questions with answers
+    watched: Sequence[Any],  # what is measured: the same forms
     *,
     measure_at: Sequence[int] = (0, 4, 8, 16, 24),  # after which steps to measure; the last one ends it
     learning_rate: float = 3e-4,  # peak of AdamW, the attack that brought most back on people seed 10
@@ -99,8 +100,8 @@ def relearn(
     model = merge_lora(copy.deepcopy(model)).float().requires_grad_(True)
     steps = max(measure_at)
     length = usable_length(model, max_length)
-    shown = tokenize(check_texts(texts, "texts"), tokenizer, length)
-    measured = tokenize(check_texts(watched, "watched"), tokenizer, length)
+    shown = Examples.read(texts, tokenizer, "texts", length).sequences
+    measured = Examples.read(watched, tokenizer, "watched", length).sequences
     train_step = make_train_step(model, learning_rate, steps)
     generator = torch.Generator().manual_seed(seed)
     passes = steps * batch_size // len(shown) + 1

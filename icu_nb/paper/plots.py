@@ -35,7 +35,8 @@ def _plot_tokens(stored: dict) -> Figure:
 
 
 def _plot_depth(rows: pd.DataFrame) -> Figure:
-    "The logit lens of the real models, on average over the seeds."
+    "The logit lens of the real models that knew people, on average over the seeds."
+    rows = rows[rows.data == "people"]
     first = pd.DataFrame(rows["first"].map(json.loads).tolist(), index=rows.model)
     means = first.assign(ever=rows.ever.tolist()).groupby("model", sort=False).mean()
     lists = means.drop(columns="ever").to_numpy().tolist()
@@ -48,7 +49,7 @@ _STORED = {  # figures of single notebooks: their file, and what draws it
     "baselines": ("baselines.csv", plot_baselines),
     "audit": ("audit.csv", plot_audit),
     "real_model": ("real_model.csv", plot_real_model),
-    "real_depth": ("real_depth.csv", _plot_depth),
+    "real_depth": ("real_study.csv", _plot_depth),
     **{name: ("bench.csv", draw) for name, draw in BENCHMARK_FIGURES.items()},
 }
 
