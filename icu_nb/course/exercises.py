@@ -7,10 +7,13 @@ __all__ = ['check', 'made_up_history', 'made_up_rows', 'unlearned_model']
 
 # %% ../../nbs/library/course/exercises.ipynb #15a00004
 import ast
+import collections
 import contextvars
 import copy
 import ctypes
+import dis
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -231,19 +234,54 @@ def _exercise(
     return enter
 
 
+_UNANSWERED = "Not answered yet: write your answer in the place of the three dots."
+_outcomes: dict[str, str] = {}  # of the exercises that were checked here: solved, not solved or not answered
+
+
+def _is_unanswered(
+    answer: Any,  # see `check`
+) -> bool:
+    "Whether it is what the students' notebook holds: three dots, or a function of nothing else."
+    if not inspect.isfunction(answer):
+        return answer is ...
+    done = [(one.opname, one.argval) for one in dis.get_instructions(answer)]
+    return all(name.startswith(("RESUME", "LOAD_CONST", "RETURN")) for name, _ in done) and all(
+        value is None for name, value in done if "CONST" in name
+    )
+
+
+def _score() -> str:
+    "How many of the exercises that were checked are solved, and which are not."
+    counts = collections.Counter(_outcomes.values())
+    parts = [f"{counts['solved']} of {len(_outcomes)} exercises solved"]
+    for outcome in ("not solved", "not answered"):
+        names = [name for name, found in _outcomes.items() if found == outcome]
+        if names:
+            parts.append(f"{outcome}: {', '.join(names)}")
+    return "; ".join(parts)
+
+
 def check(
-    exercise: str,  # its name, as "first_loss"
-    answer: Any,  # what the exercise asks for: a function, or values
-) -> str:  # praise
+    exercise: str | None = None,  # its name, as "first_loss"; None: the score of all that were checked
+    answer: Any = ...,  # what the exercise asks for: a function, or values
+) -> str:  # praise, or that there is no answer yet
     "Check an answer to an exercise; an AssertionError says in one sentence what is wrong with it."
+    if exercise is None and answer is ...:
+        return _score()
     require(
         isinstance(exercise, str) and exercise in _EXERCISES,
         "exercise",
         f"{exercise!r} is not known",
         f"Known: {', '.join(_EXERCISES)}",
     )
+    if _is_unanswered(answer):
+        _outcomes[exercise] = "not answered"
+        return _UNANSWERED
+    _outcomes[exercise] = "not solved"
     try:
-        return _EXERCISES[exercise].checker(answer)
+        praise = _EXERCISES[exercise].checker(answer)
+        _outcomes[exercise] = "solved"
+        return praise
     except AssertionError as error:
         message = str(error)
         cause = error.__cause__  # of the student's own error the traceback is useful
@@ -600,7 +638,7 @@ def _check_slopes(
     return "Well predicted."
 
 # %% ../../nbs/library/course/exercises.ipynb #0d610ab5
-@_exercise("04_kui", "implement", 2, 15, "over what a mean is taken, and who gains by it")
+@_exercise("04_kui", "implement", 2, 15, "over what a mean is taken, and which texts gain by it")
 def _check_sequence_mean(
     answer: Callable,  # (logits, input_ids, attention_mask) -> scalar
 ) -> str:  # praise
@@ -696,7 +734,7 @@ def _check_mended_kl(
     return "Well mended."
 
 # %% ../../nbs/library/course/exercises.ipynb #09780d08
-@_exercise("05_cle", "implement", 3, 15, "the two directions of a divergence")
+@_exercise("05_cle", "implement", 2, 15, "the two directions of a divergence")
 def _check_reverse_kl(
     answer: Callable,  # (logits, ref_logits, attention_mask) -> scalar
 ) -> str:  # praise
@@ -952,7 +990,7 @@ def _check_inverted_hinge(
     return "Well done."
 
 # %% ../../nbs/library/course/exercises.ipynb #68879c7f
-@_exercise("08_other_methods", "implement", 3, 20, "why NPO's push fades, and a stable log of a sigmoid")
+@_exercise("08_other_methods", "implement", 2, 20, "why NPO's push fades, and a stable log of a sigmoid")
 def _check_npo(
     answer: Callable,  # (log_p [B], log_p0 [B], beta) -> scalar; log probabilities of whole texts
 ) -> str:  # praise
@@ -1109,7 +1147,7 @@ def _check_auc(
     return "Well done."
 
 # %% ../../nbs/library/course/exercises.ipynb #e045984d
-@_exercise("09_what_remains", "attack", 3, 20, "membership inference on a model after gradient ascent")
+@_exercise("09_what_remains", "attack", 2, 20, "membership inference on a model after gradient ascent")
 def _check_membership(
     answer: Callable,  # (model, sequences) -> float Tensor [n]: higher for what should have been forgotten
 ) -> str:  # praise
