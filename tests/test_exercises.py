@@ -573,3 +573,59 @@ def test_each_chapter_has_exercises():
     for chapter in chapters:
         numbers = [int(n) for n in re.findall(r"^(\d+)\. ", section(chapter), re.M)]
         assert len(numbers) >= 3 and numbers == list(range(1, len(numbers) + 1)), chapter
+
+
+# ---- the syllabus ----
+
+
+def syllabus_sessions():
+    """What the syllabus plans, from its own cell."""
+    source = next(
+        c["source"] for c in cells(NBS / "course/syllabus.ipynb", "code") if "sessions = {" in c["source"]
+    )
+    names = {}
+    exec(source, names)
+    return names["sessions"]
+
+
+def test_the_syllabus_has_every_exercise_once_with_its_minutes():
+    headed = re.compile(r"^### (\d+\.\d+) .*\n\S+ (\d+) min", re.M)
+    minutes = {}
+    for path in SOLUTIONS:
+        for cell in cells(path, "markdown"):
+            minutes |= {number: int(some) for number, some in headed.findall(cell["source"])}
+    planned = {}
+    for session in syllabus_sessions().values():
+        assert not planned.keys() & (session["class"] | session["home"]).keys()
+        planned |= session["class"] | session["home"]
+    assert planned == minutes and len(minutes) == len(_EXERCISES)
+
+
+READ = {  # chapter: the sections that are read before a session; "": the opening
+    "00_quickstart": ["", "1. Texts", "2. A model that memorized", "3. When is a text forgotten?"],
+    "learn/04_kui": ["", "The loss by hand", "Padding", "Why it runs away"],
+    "learn/05_cle": ["", "Learn while unlearning"],
+    "learn/06_iur": [
+        "",
+        "The rule",
+        "Thresholds",
+        "What the model still says",
+        "Which texts count as forgotten?",
+        "When training ends",
+        "Which texts train next?",
+    ],
+    "learn/07_the_loop": ["", "The whole idea on one page"],
+    "paper/33_what_a_model_can_still_do": ["What does an accuracy mean?"],
+    "learn/09_what_remains": ["", "The models", "Is it recognized?", "Six attacks", "One number: the AUC"],
+}
+
+
+@pytest.mark.parametrize("notebook", READ)
+def test_the_syllabus_counts_the_words_to_read(notebook):
+    prose = "\n\n".join(c["source"] for c in cells(NBS / f"{notebook}.ipynb", "markdown"))
+    title, *parts = re.split(r"^#+ (.*)$", prose, flags=re.M)[1:]
+    sections = dict(zip(["", *parts[1::2]], [parts[0], *parts[2::2]], strict=True))
+    markup = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|<[^>]+>|\|", re.S)
+    words = sum(len(markup.sub(" ", sections[name]).split()) for name in READ[notebook])
+    told = {name: some for session in syllabus_sessions().values() for name, some in session["read"].items()}
+    assert told[notebook.rpartition("/")[2]] == pytest.approx(words, rel=0.1), (title, words)
