@@ -424,6 +424,7 @@ def _prepare(args: argparse.Namespace, config: ICUConfig) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "forget": forget,
         "retain": retain,
+        "heldout": heldout,  # it makes ICU+ the default, as in Python
         "thresholds": thresholds,
     }
 

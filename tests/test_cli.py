@@ -157,6 +157,19 @@ def test_the_summary_and_the_folder(call, given, tmp_path, tiny):
     assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
+@pytest.mark.parametrize(
+    "options, objective, neighbors",
+    [({"heldout": "heldout.jsonl"}, "ICUPlus", "redraw"), ({}, "ICU(", "nearest")],
+)
+def test_the_defaults_are_those_of_python(call, given, tmp_path, options, objective, neighbors):
+    """Held-out texts make the recommended recipe the default; without them it is the paper's loss."""
+    files = {name: given / file for name, file in options.items()}
+    call(max_epochs=1, learning_rate=None, n_neighbors=None, **files)
+    stored = json.loads((tmp_path / "out" / "icu_result.json").read_text())
+    assert stored["objective"].startswith(objective) and stored["config"]["neighbors"] == neighbors
+    assert stored["config"]["learning_rate"] == (1e-3 if options else 5e-6)
+
+
 def test_a_full_check_has_every_number(call, tmp_path):
     _, out, _ = call(max_epochs=1, check="full")
     summary = json.loads(out)
