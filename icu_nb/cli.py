@@ -431,7 +431,7 @@ def _prepare(args: argparse.Namespace, config: ICUConfig) -> dict[str, Any]:
 
 def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfig) -> "UnlearnResult":
     "Read, load, unlearn."
-    from icu_nb.iur import select_icu, select_published_rule
+    from icu_nb.iur import REFINEMENTS
     from icu_nb.plumbing import together
     from icu_nb.unlearn import unlearn
 
@@ -441,11 +441,10 @@ def _unlearn_files(args: argparse.Namespace, checkpoints: Path, config: ICUConfi
         _clear(checkpoints)
     if os.environ.get("RANK", "0") == "0":
         _sweep(args.out)
-    refinements = {"icu": select_icu, "published_rule": select_published_rule, "none": None}
     return unlearn(
         config=config,
         **given,
-        refinement=refinements[args.refinement],
+        refinement=REFINEMENTS[args.refinement],
         embedder=args.embedder,
         encoder=args.encoder,
         checkpoint_dir=checkpoints,

@@ -64,7 +64,7 @@ class ICUConfig:
     learning_rate: float | None = _setting(
         None,
         "Adam's learning rate; None: 5e-6, as in the paper, or of ICU+ by the model's size: 1e-3 up to 10"
-        " million weights, 2e-4 up to a billion, 5e-6 above; 5 times as much for an adapter",
+        " million weights, 2e-4 up to a billion, 5e-6 above (not tried); 5 times as much for an adapter",
     )
     bounded: bool | None = _setting(
         None,

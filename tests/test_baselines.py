@@ -19,7 +19,7 @@ def test_only_missing_rows_and_changed_settings_are_made(tmp_path, monkeypatch):
         made.append((name, seed))
         return {"method": name, "seed": seed, "settings": baselines._settings(name), "ma": 0.5}
 
-    monkeypatch.setattr(baselines, "baseline_row", row)
+    monkeypatch.setattr(baselines, "_baseline_row", row)
     path = tmp_path / "baselines.csv"
     assert read_baselines(path).empty
     run_baselines(path, ["original", "npo"], [0, 1])

@@ -21,6 +21,9 @@ from icu_nb.course import exercises
 from icu_nb.course.exercises import _EXERCISES, _call_answer, _outline, _student_notebook, check
 from icu_nb.errors import InputError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import check_text
+
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 SOLUTIONS = sorted(NBS.glob("course/solutions_*.ipynb"))
 
@@ -625,7 +628,6 @@ def test_the_syllabus_counts_the_words_to_read(notebook):
     prose = "\n\n".join(c["source"] for c in cells(NBS / f"{notebook}.ipynb", "markdown"))
     title, *parts = re.split(r"^#+ (.*)$", prose, flags=re.M)[1:]
     sections = dict(zip(["", *parts[1::2]], [parts[0], *parts[2::2]], strict=True))
-    markup = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|<[^>]+>|\|", re.S)
-    words = sum(len(markup.sub(" ", sections[name]).split()) for name in READ[notebook])
+    words = sum(len(check_text.plain(sections[name]).split()) for name in READ[notebook])
     told = {name: some for session in syllabus_sessions().values() for name, some in session["read"].items()}
     assert told[notebook.rpartition("/")[2]] == pytest.approx(words, rel=0.1), (title, words)

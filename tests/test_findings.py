@@ -358,7 +358,7 @@ def test_thresholds_of_the_published_rule():
     [
         ("BLEU under 0.01", "BLEU under 0.1"),
         ("ICU", "ICU, MA and EL"),
-        ("BLEU under 0.01", "BLEU, nobody left"),
+        ("BLEU under 0.01", "BLEU, until none is left"),
     ],
 )
 def test_thresholds_that_make_the_same_runs(one, other):

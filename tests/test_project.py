@@ -1,7 +1,7 @@
 """The project is in step with itself: notebooks, library, README, settings and requirements."""
 
 import configparser
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from packaging.requirements import Requirement
@@ -275,10 +276,9 @@ def test_the_list_of_notebooks_is_whole():
     assert not rooms - named
 
 
-def test_tables_of_results_are_those_of_the_rows():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "tools/results.py")
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
+def test_tables_of_results_are_those_of_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    results = importlib.import_module("results")
     shown = page("docs/results.md")
     assert set(results.MARKED.findall(shown)) and {
         name for _, name, _ in results.MARKED.findall(shown)
@@ -301,7 +301,30 @@ def test_what_readme_says_of_the_real_model_stands_in_the_rows():
     trials = pd.read_csv(ROOT / "figures/data/real_model_trials.csv").query("model == 'ICU+'")
     best = trials.sort_values("log_rise_general").query("plus_learning_rate == 2e-4").iloc[0]
     fell = [round(100 * (1 - math.exp(best[f"log_rise_{kind}"]))) for kind in ("heldout", "general")]
-    assert f"by {fell[0]} % and {fell[1]} %" in told and trials.seed.eq(100).all()
+    rose = round(100 * (math.exp(best.log_rise_retain) - 1))
+    assert f"by {fell[0]} % and {fell[1]} %; retain perplexity rose by {rose} %" in told
+    assert trials.seed.eq(100).all()
+
+
+def test_what_readme_says_of_the_tiny_models_stands_in_the_rows():
+    told = page("README.md")
+    rows = pd.read_csv(ROOT / "figures/data/main_table.csv").query("profile == 'tiny'")
+    means = {}
+    for data in ("people", "pile0"):
+        own = rows[(rows.data == data) & ~rows.label.isin(["original", "retrained"])]
+        own = own[own.groupby("label").reached.transform("all")]
+        means[data] = np.log(own.ppl_heldout).groupby(own.label).mean().sort_values()
+    people = means["people"]
+    lower = people.index[people < people["ICU"]]
+    assert "seven methods have a lower mean" in told and len(lower) == 7 and lower[0] == "RMU"
+    assert means["pile0"].index[0] == "ICU"
+    ablation = pd.read_csv(ROOT / "figures/data/ablation.csv").query("profile == 'tiny'")
+    near = np.log(ablation.ppl_neighbors).groupby(ablation.label).mean()
+    factors = np.exp(near[["no L_lrn", "no L_kl", "neither"]] - near["ICU"]).round().astype(int).tolist()
+    assert "three or six times as high, without both eleven times" in told and factors == [3, 6, 11]
+    audit = pd.read_csv(ROOT / "figures/data/audit.csv").query("metric == 'some forget texts: MA'")
+    back = audit.groupby("model").value.mean().map("{:.2f}".format)
+    assert f"back to {back['ICU']} after ICU (retrained model: {back['retrained']}" in told
 
 
 def test_results_say_how_long_the_tiny_rows_took():

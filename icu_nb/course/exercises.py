@@ -274,6 +274,7 @@ def check(
         f"{exercise!r} is not known",
         f"Known: {', '.join(_EXERCISES)}",
     )
+    assert exercise is not None  # for mypy
     if _is_unanswered(answer):
         _outcomes[exercise] = "not answered"
         return _UNANSWERED
@@ -1158,7 +1159,7 @@ def _check_membership(
     scores = _call_answer(answer, model, mixed, like=torch.zeros(32), seconds=30).double()
     reached = auc(scores[order < 16], scores[order >= 16])
     assert reached > 0.2, (
-        f"An AUC of {reached:.2f} knows very well who was there: for which texts should the score be higher?"
+        f"An AUC of {reached:.2f} tells the two groups apart: for which texts should the score be higher?"
     )
     assert reached >= 0.9, (
         f"An AUC of {reached:.2f} is not enough: "

@@ -507,13 +507,12 @@ def _plot_goal_ratios(
         panel.draw_dots(one, np.arange(len(one)) + shift, styles, True, found)
         panel.name_style(name, ("#333333", marker))
         clear = one["mean"][one.p_holm < 0.05]
-        of = f" of {len(labels)}" if kind == "first" else ""
-        titles.append(f"{(clear > 1).sum()}{of} above, {(clear < 1).sum()} below")
+        titles.append(f"{(clear > 1).sum()} of {len(labels)} above, {(clear < 1).sum()} below")
     panel.separate_rows(len(labels))
     panel.ax.axvline(1, color=COLORS["ICU"], linewidth=1.2, zorder=1)
     panel.ax.set_xlabel("perplexity at the goal, ICU = 1, log scale")
     panel.legend_below()
-    title = f"{_text_name(column)}, against ICU: at first {titles[0]}; lowest {titles[1]}"
+    title = f"{_text_name(column)} over ICU's: first epoch {titles[0]}; lowest {titles[1]}"
     lists = [f"{name}: {_list_means(found[found.kind == kind])}." for kind, (name, _) in _GOAL_MARKS.items()]
     return panel.finish(title, " ".join(lists))
 

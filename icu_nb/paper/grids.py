@@ -98,7 +98,7 @@ _THRESHOLDS = (
     ("ICU, MA and EL", "icu", {"refinement": "icu", "goal": "unseen"}),
     ("ICU, ICU's numbers", "icu", {"refinement": "icu", "goal": "icu"}),
     ("ICU, KUMPR's numbers", "icu", {"refinement": "icu", "goal": "kumpr"}),
-    ("BLEU, nobody left", "icu", _BY_BLEU | {"stop": "all_forgotten"}),
+    ("BLEU, until none is left", "icu", _BY_BLEU | {"stop": "all_forgotten"}),
 )
 
 # %% ../../nbs/library/paper/grids.ipynb #83d30e34

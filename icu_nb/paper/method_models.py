@@ -8,13 +8,13 @@ __all__ = ['train_by', 'edited_model']
 # %% ../../nbs/library/paper/method_models.ipynb #3dc523b6
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import ICUConfig
 from ..data.people import people, people_controls
 from ..errors import InputError
-from ..iur import Thresholds, select_icu, select_published_rule
+from ..iur import REFINEMENTS, Thresholds
 from ..methods.code_unlearn import train_codebook
 from ..methods.registry import METHODS, Method
 from ..models.loading import add_lora
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # %% ../../nbs/library/paper/method_models.ipynb #cd2cccc3
-_REFINEMENTS: dict[str, Callable | None] = {
-    "none": None,
-    "icu": select_icu,
-    "published_rule": select_published_rule,
-}
-
-
 def _alternatives(method: Method, setup: Setup, forget: list[str]) -> list | None:
     "What the method says instead of each forget text."
     corpus, n = setup.corpus, len(forget)
@@ -62,7 +55,7 @@ def train_by(
     model: "PreTrainedModel | PeftModel | None" = None,  # trained in place; None: a copy of the original
     loss: Mapping[str, Any] | None = None,  # settings of its objective; None: as published
     step_rule: StepRule | None = None,  # None: the method's, as published
-    refinement: str | None = None,  # none, icu or published_rule; None: the method's
+    refinement: str | None = None,  # a key of `REFINEMENTS`; None: the method's
     **options: Any,  # of `unlearn`: thresholds, callback, embedder, encoder
 ) -> UnlearnResult:
     "Unlearn by a method's objective. An interrupted run raises, so that it makes no row."
@@ -74,7 +67,7 @@ def train_by(
         config,
         objective=method.make(**loss or {}),
         heldout=setup.corpus.heldout,
-        refinement=_REFINEMENTS[refinement or method.refinement],
+        refinement=REFINEMENTS[refinement or method.refinement],
         alternatives=_alternatives(method, setup, forget),
         step_rule=step_rule or method.make_rule(),
         **options,

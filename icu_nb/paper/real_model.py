@@ -37,7 +37,7 @@ from ..evals.people_questions import people_questions, personal_facts
 from ..evals.tasks import evaluate_tasks
 from ..evals.tofu import evaluate_tofu
 from ..examples import Examples
-from ..iur import Thresholds, calibrate_thresholds, select_icu, select_published_rule
+from ..iur import REFINEMENTS, Thresholds, calibrate_thresholds
 from icu_nb.language_model import (
     evaluating,
     generate_continuations,
@@ -374,13 +374,6 @@ class _Seed:
         )
 
 # %% ../../nbs/library/paper/real_model.ipynb #51bb341d
-_REFINEMENTS: dict[str, Callable | None] = {
-    "none": None,
-    "icu": select_icu,
-    "published_rule": select_published_rule,
-}
-
-
 def _unlearned(of: _Seed, name: str, rate: float, folder: Path) -> tuple[_Loaded, dict[str, Any]]:
     "A method's model and its epochs, seconds, end and memory; what was begun goes on."
     target = folder / "model"
@@ -419,7 +412,7 @@ def _unlearn_into(target: Path, of: _Seed, name: str, rate: float) -> None:
         heldout=texts.heldout,
         thresholds=thresholds,
         objective=objective,
-        refinement=_REFINEMENTS[method.refinement] if recipe.refined else None,
+        refinement=REFINEMENTS[method.refinement] if recipe.refined else None,
         neighbors=of.start["pairs"] if nearest else None,  # the one nearest is known already
         encoder=find_encoder("all-MiniLM-L6-v2") if method.refinement == "published_rule" else None,
         checkpoint_dir=checkpoints,
