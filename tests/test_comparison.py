@@ -164,6 +164,8 @@ def test_a_test_row_says_what_attacks_find(case, tiny, monkeypatch):
     row = comparison._row(_Entry("ga", 0, 5e-3), audited=True)
     names = ("auc_loss", "auc_min-k", "answered", "relearned_ma")
     assert all(0 <= row[f"{depth}_{name}"] <= 1 for depth in ("shallow", "deep") for name in names)
+    before = comparison._row(_Entry("original", 0), audited=True)
+    assert before["deep_auc_loss"] == before["shallow_auc_loss"] > row["deep_auc_loss"]
 
 
 # ---- locked, and tested ----
@@ -197,6 +199,8 @@ def trials(tmp_path):
 def test_the_best_trial_on_both_seeds_is_locked(tmp_path):
     locked = trials(tmp_path)
     assert json.loads((tmp_path / "locked.json").read_text()) == locked
+    assert set(locked) == {"people"}
+    locked = locked["people"]
     assert locked["finalists"] == ["icu", "npo", "rmu", "simnpo", "wga", "kl"]  # the five best others
     best = {method: json.loads(row["settings"])["learning_rate"] for method, row in locked["best"].items()}
     assert best["icu"] == 1e-4  # the other trial missed the depth on a seed
@@ -205,7 +209,7 @@ def test_the_best_trial_on_both_seeds_is_locked(tmp_path):
 
 
 def test_what_is_locked_is_tested_once(tmp_path, monkeypatch):
-    locked = trials(tmp_path)
+    best = trials(tmp_path)["people"]["best"]
     made = []
 
     def row(entry, audited):
@@ -216,20 +220,20 @@ def test_what_is_locked_is_tested_once(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_row", row)
     path = tmp_path / "rows.csv"
     for _ in range(2):
-        comparison._test(path, locked, ["original", "npo"], [200, 201])
-    comparison._test(path, locked, ["npo"], [200], "pile0a", "mixed")
+        comparison._test(path, best, ["original", "npo"], [("people", 200), ("people", 201)])
+    comparison._test(path, best, ["npo"], [("pile1a", 200)], "mixed")
     rows = pd.read_csv(path)
     assert len(made) == len(rows) == 5 and rows.audited.all()
     assert [(entry.method, entry.seed) for entry in made[:2]] == [("original", 200), ("npo", 200)]
     assert made[1] == _Entry("npo", 200, 1e-4, {"beta": 2.0}, "redraw")
-    assert made[-1] == _Entry("npo", 200, 1e-4, {"beta": 2.0}, "mixed", "pile0a")
+    assert made[-1] == _Entry("npo", 200, 1e-4, {"beta": 2.0}, "mixed", "pile1a")
 
 
 def test_each_part_is_taken_out_once(case, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_MAX_EPOCHS", 6)
     whole = _Entry("icu_plus", 0, 5e-3, {"beta": 1.0}, "mixed").to_json()
-    locked = {"best": {"icu_plus": {"settings": whole}}}
-    rows = comparison._ablate(tmp_path / "rows.csv", locked, [0])
+    best = {"icu_plus": {"settings": whole}}
+    rows = comparison._ablate(tmp_path / "rows.csv", best, [0])
     assert [row["without"] for row in rows] == list(comparison._ABLATION)
     stored = pd.read_csv(tmp_path / "rows.csv")
     settings = [json.loads(text) for text in stored.settings]
@@ -255,12 +259,29 @@ def test_the_commands(tmp_path, monkeypatch):
         monkeypatch.setattr(comparison, name, lambda *given, name=name: called.append((name, *given)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures/data").mkdir(parents=True)
-    stored = {"finalists": ["icu"], "best": {}}
+    stored = {kind: {"finalists": ["icu"], "best": {"icu": kind}} for kind in ("people", "pile")}
     (tmp_path / "figures/data/comparison_settings.json").write_text(json.dumps(stored))
-    for words in ("tune npo --trials 12", "lock", "test", "test npo --seeds 200 --neighbors mixed", "ablate"):
+    tests = ("test", "test npo --cases 1 --neighbors mixed", "test --data pile")
+    for words in ("tune npo --trials 12 --data pile", "lock", *tests, "ablate"):
         monkeypatch.setattr("sys.argv", ["comparison", *words.split()])
         assert comparison._main() == 0
-    assert [call[0] for call in called] == ["_tune", "_lock", "_test", "_test", "_ablate"]
-    assert called[0][2:] == ("npo", 12)
-    assert called[2][3:] == (["icu"], range(200, 212), "people", None)
-    assert called[3][3:] == (["npo"], [200], "people", "mixed")
+    assert [call[0] for call in called] == ["_tune", "_lock", *["_test"] * 3, "_ablate"]
+    assert called[0][2:] == ("npo", 12, "pile")
+    people, one, pile = called[2:5]
+    assert people[1].name == pile[1].name == "comparison.csv" and one[1].name == "comparison_same_stream.csv"
+    assert people[2:] == ({"icu": "people"}, ["icu"], [("people", 200 + k) for k in range(12)], None)
+    assert one[3:] == (["npo"], [("people", 200)], "mixed")
+    assert pile[2] == {"icu": "pile"} and [data for data, _ in pile[4]] == [
+        "pile1a",
+        "pile1b",
+        "pile2a",
+        "pile2b",
+    ]
+    assert called[5][2] == {"icu": "people"}
+
+
+def test_no_text_is_tuned_and_tested_on():
+    for cases in comparison._CASES.values():
+        assert not set(cases["tune"]) & set(cases["test"])
+    pile = comparison._CASES["pile"]
+    assert not {data[:5] for data, _ in pile["tune"]} & {data[:5] for data, _ in pile["test"]}

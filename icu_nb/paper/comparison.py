@@ -78,6 +78,16 @@ _LOOKED_AT = ("ma", "heldout", "general")  # of each look, in a row
 _CHECK_EVERY = 2  # epochs, where no text's training depends on the check
 _MAX_EPOCHS = 60
 _LOOK_EVERY = 4  # steps
+_CASES: dict[str, dict[str, list[tuple[str, int]]]] = {  # kind of text -> use -> data and seed
+    "people": {
+        "tune": [("people", seed) for seed in (100, 101)],
+        "test": [("people", seed) for seed in range(200, 212)],
+    },
+    "pile": {
+        "tune": [("pile0a", 100), ("pile0b", 101)],
+        "test": [("pile1a", 200), ("pile1b", 201), ("pile2a", 202), ("pile2b", 203)],
+    },
+}
 _BELOW = 0.9  # a run goes on until MA is this share of the deep depth: a later checkpoint may be better
 
 
@@ -291,6 +301,19 @@ def _audit_columns(model: Any, case: _Case) -> dict[str, float]:
     return {**found, "relearned_ma": relearned.MA.mean()}
 
 # %% ../../nbs/library/paper/comparison.ipynb #fdf9ff44
+def _attacked(entry: _Entry, case: _Case, looks: _Looks) -> dict[str, float]:
+    "Of a row: what attacks find in the best model at each depth, and in the original itself."
+    models = looks.kept if entry.method != "original" else dict.fromkeys(case.depths, case.setup.original)
+    columns: dict[str, float] = {}
+    found: dict[int, dict[str, float]] = {}  # one model may be the best at both depths
+    for depth in case.depths:
+        if (model := models.get(depth)) is not None:
+            if id(model) not in found:
+                found[id(model)] = _audit_columns(model, case)
+            columns |= {f"{depth}_{name}": value for name, value in found[id(model)].items()}
+    return columns
+
+
 @functools.lru_cache(maxsize=1)
 def _case_of(data: str, seed: int, recorded: bool) -> _Case:
     "The last one asked for is kept."
@@ -304,11 +327,7 @@ def _row(entry: _Entry, audited: bool = False) -> dict[str, Any]:
     looks = _Looks(case)
     _make(entry, case, looks)
     seconds = time.perf_counter() - began
-    attacked: dict[str, float] = {}
-    reached = [depth for depth in case.depths if depth in looks.kept]
-    for depth in reached if audited else []:
-        model = looks.kept[depth]
-        attacked |= {f"{depth}_{name}": value for name, value in _audit_columns(model, case).items()}
+    attacked = _attacked(entry, case, looks) if audited else {}
     path = [[row["step"], *(round(row.get(name, math.nan), 4) for name in _LOOKED_AT)] for row in looks.rows]
     return {
         "method": entry.method,
@@ -429,18 +448,17 @@ def _tune(
     path: Path,  # the trials; it grows row by row
     method: str,  # a key of `METHODS`
     n_trials: int,  # settings to try, those that are stored included
-    seeds: Iterable[int] = (100, 101),  # that no table uses
-    data: str = "people",  # see `_Entry`
-    depth: str = "deep",  # whose score counts
-) -> dict[_Setting, float]:  # the mean score of every setting
+    kind: str = "people",  # a key of `_CASES`
+) -> dict[_Setting, float]:  # the mean deep score of every setting
     "Make the trials of one method that are not there yet."
     tried: dict[_Setting, float] = {}
     while len(tried) < n_trials:
         setting = _next_setting(_first_setting(method), tried)
         if setting is None:
             break
-        rows = _run_comparison(path, [_entry(method, seed, setting, data) for seed in seeds])
-        score = sum(row[f"{depth}_score"] for row in rows) / len(rows)
+        entries = [_entry(method, seed, setting, data) for data, seed in _CASES[kind]["tune"]]
+        rows = _run_comparison(path, entries)
+        score = sum(row["deep_score"] for row in rows) / len(rows)
         tried[setting] = math.inf if math.isnan(score) else score
     return tried
 
@@ -452,36 +470,44 @@ _DATA = Path("figures/data")
 def _lock(
     trials: Path,  # the rows of tuning
     path: Path,  # what is locked, a JSON file
-) -> dict[str, Any]:  # finalists; best: method -> settings, scores, number of trials
+) -> dict[str, Any]:  # kind of text -> finalists, and best: method -> settings, scores, number of trials
     "Write down each method's best trial, by the deep score, then the shallow one, then the larger rate."
-    rows = pd.read_csv(trials).query("data == 'people' and method not in ('original', 'retrained')")
+    rows = pd.read_csv(trials).query("method not in ('original', 'retrained')")
+    locked = {}
+    for kind, cases in _CASES.items():
+        here = rows[rows.data.isin([data for data, _ in cases["tune"]])]
+        if len(here):
+            best = _best_trials(here)
+            others = [name for name in best if name not in _FAMILY][:5]
+            locked[kind] = {"finalists": [*(name for name in _FAMILY if name in best), *others], "best": best}
+    write_json(path, locked)
+    return locked
+
+
+def _best_trials(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    "Each method's best setting on one kind of text, the best method first."
     scores = ["deep_score", "shallow_score"]
-    rows[scores] = rows[scores].fillna(math.inf)
+    rows = rows.assign(**rows[scores].fillna(math.inf))
     means = rows.groupby(["method", "settings"])[scores].mean().reset_index()
     rates = means.settings.map(lambda text: -(json.loads(text)["learning_rate"] or 0.0))
     ranked = means.assign(rate=rates).sort_values([*scores, "rate"]).drop(columns="rate")
     best = ranked.groupby("method", sort=False).head(1).set_index("method")
     best["n_trials"] = means.method.value_counts()
-    others = [name for name in best.index if name not in _FAMILY][:5]
-    table = best.replace(math.inf, None).to_dict("index")
-    locked = {"finalists": [*(name for name in _FAMILY if name in table), *others], "best": table}
-    write_json(path, locked)
-    return locked
+    return best.replace(math.inf, None).to_dict("index")
 
 
 def _test(
     path: Path,  # the rows; it grows row by row
-    locked: dict[str, Any],  # from `_lock`
+    best: dict[str, dict[str, Any]],  # method -> settings, from `_lock`
     methods: Iterable[str],  # which ones
-    seeds: Iterable[int],  # that nothing has used before
-    data: str = "people",  # see `_Entry`
+    cases: Iterable[tuple[str, int]],  # data and seed that nothing has used before
     neighbors: str | None = None,  # the same for all, or each method's own
 ) -> None:
     "Run what is locked."
-    for seed in seeds:  # one seed's models serve all methods
+    for data, seed in cases:  # one seed's models serve all methods
         for method in methods:
             yardstick = method in ("original", "retrained")
-            settings = _Entry(method, seed).to_json() if yardstick else locked["best"][method]["settings"]
+            settings = _Entry(method, seed).to_json() if yardstick else best[method]["settings"]
             entry = _Entry.from_json(settings, method, seed, data)
             if neighbors and not yardstick:
                 entry = replace(entry, neighbors=neighbors)
@@ -503,13 +529,13 @@ _ABLATION: dict[str, dict[str, Any]] = {
 
 def _ablate(
     path: Path,  # the rows; it grows row by row
-    locked: dict[str, Any],  # from `_lock`
+    best: dict[str, dict[str, Any]],  # method -> settings, from `_lock`
     seeds: Iterable[int] = (102, 103, 104),  # that no table uses
 ) -> list[dict[str, Any]]:  # the rows, with a column `without`
     "ICU+ as it is locked, and with one part changed."
     found = []
     for seed in seeds:
-        whole = _Entry.from_json(locked["best"]["icu_plus"]["settings"], "icu_plus", seed, "people")
+        whole = _Entry.from_json(best["icu_plus"]["settings"], "icu_plus", seed, "people")
         for name, change in _ABLATION.items():
             weights = {key: value for key, value in change.items() if key in ("alpha", "beta")}
             fields = {key: value for key, value in change.items() if key not in weights}
@@ -525,8 +551,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=("tune", "lock", "test", "ablate"), help="lock: write down the best")
     parser.add_argument("methods", nargs="*", help="keys of `METHODS` (test; default: the finalists)")
     parser.add_argument("--trials", type=int, default=4, help="tune: settings per method (default: 4)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="test: which ones (default: 200 to 211)")
-    parser.add_argument("--data", default="people", help="test: people, or pile0a, pile0b and so on")
+    parser.add_argument(
+        "--cases", type=int, default=12, help="test: on how many, the first ones (default: 12)"
+    )
+    parser.add_argument("--data", choices=_CASES, default="people", help="tune, test: people or the Pile")
     parser.add_argument("--neighbors", help="test: the same stream for all, see `ICUConfig`, or mixed")
     parser.add_argument("--rows", type=Path, help="where the rows go (default: in figures/data)")
     return parser
@@ -536,19 +564,19 @@ def _main() -> int:
     "`python -m icu_nb.paper.comparison`: see --help."
     args = _parser().parse_args()
     trials, settings = _DATA / "comparison_trials.csv", _DATA / "comparison_settings.json"
-    if args.what == "lock":
-        _lock(args.rows or trials, settings)
-    elif args.what == "tune":
+    if args.what == "tune":
         for method in args.methods:
-            _tune(args.rows or trials, get_method(method).name, args.trials)
+            _tune(args.rows or trials, get_method(method).name, args.trials, args.data)
+    elif args.what == "lock":
+        _lock(args.rows or trials, settings)
     elif args.what == "ablate":
-        locked = json.loads(settings.read_text(encoding="utf-8"))
-        _ablate(args.rows or _DATA / "comparison_ablation.csv", locked)
+        locked = json.loads(settings.read_text(encoding="utf-8"))["people"]
+        _ablate(args.rows or _DATA / "comparison_ablation.csv", locked["best"])
     else:
-        locked = json.loads(settings.read_text(encoding="utf-8"))
-        methods = args.methods or locked["finalists"]
-        rows, seeds = args.rows or _DATA / "comparison.csv", args.seeds or range(200, 212)
-        _test(rows, locked, methods, seeds, args.data, args.neighbors)
+        locked = json.loads(settings.read_text(encoding="utf-8"))[args.data]
+        methods, cases = args.methods or locked["finalists"], _CASES[args.data]["test"][: args.cases]
+        name = "comparison_same_stream.csv" if args.neighbors else "comparison.csv"
+        _test(args.rows or _DATA / name, locked["best"], methods, cases, args.neighbors)
     return 0
 
 
