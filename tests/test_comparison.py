@@ -234,7 +234,7 @@ def test_each_part_is_taken_out_once(case, tmp_path, monkeypatch):
     whole = _Entry("icu_plus", 0, 5e-3, {"beta": 1.0}, "mixed").to_json()
     best = {"icu_plus": {"settings": whole}}
     rows = comparison._ablate(tmp_path / "rows.csv", best, [0])
-    assert [row["without"] for row in rows] == list(comparison._ABLATION)
+    assert [row["label"] for row in rows] == list(comparison._ABLATION)
     stored = pd.read_csv(tmp_path / "rows.csv")
     settings = [json.loads(text) for text in stored.settings]
     assert len(stored) == len(rows) and stored.method.value_counts().to_dict() == {"icu_plus": 7, "icu": 1}

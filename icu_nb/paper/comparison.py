@@ -356,13 +356,14 @@ def _run_comparison(
     path: Path,  # the rows; it grows row by row
     entries: Iterable[_Entry],  # what is to be there
     audited: bool = False,  # with what attacks find
+    **facts: Any,  # further columns of new rows
 ) -> list[dict[str, Any]]:  # their rows
     "Make the rows that are not there yet."
     found = []
     for entry in entries:
         if _stored_row(path, entry) is None:
             print(entry.method, entry.data, entry.seed, entry.to_json(), flush=True)
-            put_row(_row(entry, audited), path, _IDENTITY)
+            put_row({**_row(entry, audited), **facts}, path, _IDENTITY)
         found.append(_stored_row(path, entry))
     return [row for row in found if row is not None]
 
@@ -531,7 +532,7 @@ def _ablate(
     path: Path,  # the rows; it grows row by row
     best: dict[str, dict[str, Any]],  # method -> settings, from `_lock`
     seeds: Iterable[int] = (102, 103, 104),  # that no table uses
-) -> list[dict[str, Any]]:  # the rows, with a column `without`
+) -> list[dict[str, Any]]:  # the rows, with a column `label`
     "ICU+ as it is locked, and with one part changed."
     found = []
     for seed in seeds:
@@ -540,7 +541,7 @@ def _ablate(
             weights = {key: value for key, value in change.items() if key in ("alpha", "beta")}
             fields = {key: value for key, value in change.items() if key not in weights}
             entry = replace(whole, settings={**whole.settings, **weights}, **fields)
-            found += [{**row, "without": name} for row in _run_comparison(path, [entry])]
+            found += _run_comparison(path, [entry], label=name)
     return found
 
 
