@@ -135,26 +135,38 @@ def entry(node, comments, level, prefix=""):
     return lines
 
 
-def page(name, source, notebook):
-    """A module's page: what `__all__` names, in the order of the source; `notebook` is a path under nbs."""
-    tree, comments = ast.parse(source), comments_of(source)
-    public = next(
-        (
-            ast.literal_eval(n.value)
-            for n in tree.body
-            if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
-        ),
-        [],
-    )
+def constant(source, name):
+    """The value of a literal at the top of a module."""
+    assigned = (node for node in ast.parse(source).body if isinstance(node, ast.Assign))
+    return next((ast.literal_eval(node.value) for node in assigned if node.targets[0].id == name), [])
+
+
+def definitions(source):
+    """Functions and classes of a module, in its order."""
+    return [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+def summary(source, name):
+    """The first line of a docstring."""
+    docs = next(ast.get_docstring(node) for node in definitions(source) if node.name == name)
+    return prose(docs.splitlines()[0])
+
+
+def page(name, source, notebook, first=()):
+    """A module's page: what `__all__` names in the order of the source, `first` before the rest.
+
+    `notebook` is a path under nbs.
+    """
+    public, comments = constant(source, "__all__"), comments_of(source)
+    shown = [node for node in definitions(source) if node.name in public]
     lines = [
         f"# icu_nb.{name}",
         "",
-        prose(ast.get_docstring(tree) or ""),
+        prose(ast.get_docstring(ast.parse(source)) or ""),
         "",
         f"Made in [{notebook.stem}](../nbs/{notebook.as_posix()}), which explains it and shows it at work.",
         "",
     ]
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public:
-            lines += entry(node, comments, 2)
+    for node in sorted(shown, key=lambda node: node.name not in first):
+        lines += entry(node, comments, 2)
     return "\n".join(lines)

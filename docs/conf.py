@@ -1,8 +1,10 @@
 """The site: what the notebooks say and store, nothing executed; no page asks another host (make docs)."""
 
+import ast
 import json
 import re
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from docutils import nodes
@@ -15,34 +17,65 @@ import api
 from formulas import mathml
 
 SOURCE = ROOT / "_docs/source"  # laid like the project, so that the notebooks' links lead where they should
-COLAB = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]")
+BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\](\(\S+/blob/main/(nbs/\S+\.ipynb)\))")
 
 # ---- pages: the landing page, every notebook, and one for each module ----
 
 
+def folded(label):
+    """The metadata of a cell that is folded under this label."""
+    return {"tags": ["hide-input"], "mystnb": {"code_prompt_show": label, "code_prompt_hide": label}}
+
+
+def imports(node):
+    """True of an import, and of a block that only imports (`if TYPE_CHECKING`)."""
+    return all(isinstance(one, ast.Import | ast.ImportFrom) for one in getattr(node, "body", [node]))
+
+
+def code_cells(cell):
+    """A code cell without nbdev's directives, in at most two parts: imports and mere assertions fold."""
+    source = re.sub(r"^#\s*\|.*\n?", "", "".join(cell["source"]), flags=re.M)
+    statements = ast.parse(source).body
+    head = list(takewhile(imports, statements))
+    end = head[-1].end_lineno if head else 0
+    if end > 3 or len(head) == len(statements):  # a fold takes as much room as two or three lines
+        lines = source.splitlines(keepends=True)
+        imported = {**cell, "id": f"{cell['id']}-imports", "source": "".join(lines[:end]), "outputs": []}
+        imported["metadata"] = folded("Imports")
+        cells = [imported, {**cell, "source": "".join(lines[end:]).strip()}]
+    elif all(isinstance(statement, ast.Assert) for statement in statements):
+        cells = [{**cell, "source": source, "metadata": folded("Assertions")}]
+    else:
+        cells = [{**cell, "source": source}]
+    return [one for one in cells if one["source"].strip()]
+
+
 def page_of(notebook):
-    """A notebook without Colab's cell, without nbdev's directives, and without a badge from another host."""
+    """A notebook numbered as it is linked, with links to Colab and to its file, and without Colab's cell."""
     book = json.loads(notebook.read_text(encoding="utf-8"))
     first = next(i for i, c in enumerate(book["cells"]) if c["cell_type"] == "code")
-    cells = book["cells"][:first] + book["cells"][first + 1 :]
-    for cell in cells:
-        source = COLAB.sub("[Open in Colab]", "".join(cell["source"]))
+    number = re.match(r"\d\d(?=_)", notebook.stem)
+    cells = []
+    for i, cell in enumerate(book["cells"]):
         alts = [
             *(o.get("metadata", {}).get("image/png", {}).get("alt") for o in cell.get("outputs", [])),
             cell["metadata"].get("alt"),
         ]
         if alt := next(filter(None, alts), None):
             cell["metadata"]["mystnb"] = {"image": {"alt": alt}}
-        cell["source"] = (
-            re.sub(r"^#\s*\|.*\n?", "", source, flags=re.M) if cell["cell_type"] == "code" else source
-        )
-    return {**book, "cells": [c for c in cells if c["cell_type"] != "code" or c["source"].strip()]}
+        if cell["cell_type"] == "code":
+            cells += code_cells(cell) if i != first else []
+            continue
+        text = BADGE.sub(r"[Open in Colab]\1 {download}`Download </../../\2>`", "".join(cell["source"]))
+        if i == 0 and number:
+            text = re.sub(r"^# (?!\d)", f"# {number[0]} · ", text)
+        cells.append({**cell, "source": text})
+    return {**book, "cells": cells}
 
 
-def notebooks(folder="."):
-    """Every notebook below a folder of nbs."""
-    found = sorted((NBS / folder).rglob("*.ipynb"))
-    return [path for path in found if ".ipynb_checkpoints" not in path.parts]
+def notebooks():
+    """Every notebook of nbs."""
+    return [path for path in sorted(NBS.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
 
 
 def modules():
@@ -55,40 +88,37 @@ def modules():
     return sorted(made, key=lambda one: ("." in one[0], one[0]))
 
 
+def module_source(name):
+    return (ROOT / f"icu_nb/{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+
 def api_pages():
-    """The API reference: a page for each module, and one that lists them."""
+    """The API reference: a page for each module, and one that lists the front door and the modules."""
+    front = api.constant((ROOT / "icu_nb/__init__.py").read_text(encoding="utf-8"), "_HOME")
     lines = [
         "# API reference",
         "",
-        "What the library offers, a page for each module: the core first, then each wing.",
+        "Import these from `icu_nb`:",
         "",
-        "| module | what it is for |",
+        "| name | what it is for |",
         "|---|---|",
     ]
+    for name, home in front.items():
+        lines.append(f"| [{name}](api/{home}.md#{name.lower()}) | {api.summary(module_source(home), name)} |")
+    lines += ["", "## All modules", "", "The core first, then each wing.", ""]
+    lines += ["| module | what it is for |", "|---|---|"]
     for name, notebook in modules():
-        source = (ROOT / f"icu_nb/{name.replace('.', '/')}.py").read_text(encoding="utf-8")
-        page = api.page(name, source, notebook.relative_to(NBS))
+        page = api.page(name, module_source(name), notebook.relative_to(NBS), first=front)
         lines.append(f"| [{name}](api/{name}.md) | {page.splitlines()[2]} |")
         yield f"api/{name}.md", page
     tree = ["```{toctree}", ":hidden:", *(f"api/{name}" for name, _ in modules()), "```"]
     yield "api.md", "\n".join([*lines, "", *tree])
 
 
-def front_page():
-    """The landing page, with the notebooks of library and course in its menus."""
-    page = (HERE / "index.md").read_text(encoding="utf-8")
-    for folder in ("library", "course"):
-        names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in notebooks(folder)]
-        others = [name for name in names if not name.endswith("/syllabus")]
-        page = page.replace(f"nbs/{folder}/others", "\n".join(others))
-    return page
-
-
 def pages():
     """Path -> content of every page and figure of the site."""
-    yield "index.md", front_page().encode()
-    for name in ("results", "notebooks"):
-        yield f"docs/{name}.md", (HERE / f"{name}.md").read_bytes()
+    for name in ("index", "docs/results", "docs/notebooks"):
+        yield f"{name}.md", (HERE / f"{Path(name).name}.md").read_bytes()
     for figure in (ROOT / "figures").glob("*.*"):
         yield f"figures/{figure.name}", figure.read_bytes()
     for notebook in notebooks():

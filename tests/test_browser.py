@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import pytest
+
+import icu_nb
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is in the extra dev")
 pytest.importorskip("myst_nb", reason="Sphinx and its parts are in the extra docs")
@@ -152,6 +155,80 @@ def test_slider_changes_the_picture(site, page):
     assert seen() != before
     figures.first.locator("input[type=range]").press("Home")
     assert seen() == before and not page.problems
+
+
+# What cannot be seen of a page: a table whose last column does not come into view when its box is scrolled
+# to the end, and whatever makes the page wider than the window.
+OUT_OF_REACH = """() => {
+  const scrolls = one => /auto|scroll/.test(getComputedStyle(one).overflowX);
+  const box = one => scrolls(one) || !one.parentElement ? one : box(one.parentElement);
+  const reached = table => {
+    const widest = [...table.rows].sort((one, other) => other.cells.length - one.cells.length)[0];
+    const frame = box(table), first = widest.cells[0], last = [...widest.cells].at(-1);
+    frame.scrollLeft = 0;
+    const begins = first.getBoundingClientRect().left >= frame.getBoundingClientRect().left - 1;
+    frame.scrollLeft = frame.scrollWidth;
+    window.scrollTo({top: scrollY + last.getBoundingClientRect().top - innerHeight/2, behavior: "instant"});
+    const cell = last.getBoundingClientRect(), edge = frame.getBoundingClientRect();
+    const painted = document.elementFromPoint(cell.right - 3, (cell.top + cell.bottom)/2);
+    return begins && last.contains(painted) && cell.right <= edge.right + 1 && edge.right <= innerWidth;
+  };
+  const wide = [document.documentElement, document.querySelector(".content")].filter(
+    one => one.scrollWidth > one.clientWidth);
+  const missed = [...document.querySelectorAll("article table")].filter(table => !reached(table));
+  return [...wide, ...missed].map(one => one.outerHTML.slice(0, 200));
+}"""
+
+
+def test_every_column_can_be_reached_and_no_page_is_wider_than_the_window(site, page):
+    parts = [path for part in ("nbs", "api", "docs") for path in (SITE / part).rglob("*.html")]
+    missed, tables = {}, 0
+    for name in ["index.html", "api.html", *(path.relative_to(SITE).as_posix() for path in sorted(parts))]:
+        page.goto(site + name)
+        tables += page.locator("article table").count()
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 720})
+            if found := page.evaluate(OUT_OF_REACH):
+                missed[name, width] = found
+    assert not missed and tables > 100
+
+
+def test_imports_and_assertions_are_folded(site, page):
+    page.goto(site + "nbs/learn/04_kui.html")
+    for label, code in [("Imports", "import torch"), ("Assertions", "assert torch.isclose(unlearning_loss")]:
+        fold = page.locator("details", has_text=label).filter(has_text=code).first
+        assert not fold.locator("pre").is_visible(), label
+        fold.locator("summary").click()
+        assert fold.locator("pre").is_visible(), label
+    assert page.locator("pre:visible", has_text="def unlearning_loss").count() == 1
+
+
+def test_notebooks_are_numbered_as_they_are_linked(site, page):
+    page.goto(site)
+    entries = page.eval_on_selector_all(".sidebar-tree a", "all => all.map(a => [a.href, a.textContent])")
+    titles = dict(entries)
+    numbered = {link: re.search(r"/(\d\d)_\w+\.html", link) for link in titles}
+    assert sum(map(bool, numbered.values())) > 20
+    assert not [titles[link] for link, found in numbered.items() if found and titles[link][:2] != found[1]]
+
+
+def test_every_notebook_has_its_links_to_colab_and_to_the_file(site):
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        name = path.relative_to(ROOT)
+        shown = (SITE / name).with_suffix(".html")
+        html = shown.read_text(encoding="utf-8")
+        colab = "https://colab.research.google.com/github/icu-nb/icu_nb/blob/main/"
+        assert f'href="{colab}{name.as_posix()}"' in html
+        file = re.search(r'class="reference download internal" download="" href="([^"]+)"', html)
+        assert (shown.parent / file[1]).read_bytes() == path.read_bytes(), name
+
+
+def test_api_begins_with_the_front_door(site, page):
+    page.goto(site + "api.html")
+    rows = page.locator("article table").first.locator("tbody tr")
+    names = rows.locator("td:nth-child(1)").all_inner_texts()
+    uses = rows.locator("td:nth-child(2)").all_inner_texts()
+    assert names[0] == "unlearn" and sorted(names) == sorted(icu_nb.__all__) and all(uses)
 
 
 # ---- slides ----

@@ -273,7 +273,7 @@ def test_links_of_the_site_and_its_slides_lead_somewhere():
     made = ("api.md", "session_")
     assert not [link for link in broken_links(page, ROOT) if not link.startswith(made)]
     for line in re.findall(r"^nbs/\S+$", page, re.M):
-        assert line.endswith("/others") or list(ROOT.glob(f"{line}.ipynb")), line
+        assert list(ROOT.glob(f"{line}.ipynb")), line
     slides = (ROOT / "docs/slides.py").read_text(encoding="utf-8")
     sessions = re.search(r"^SESSIONS = (\{.*?^\})", slides, re.M | re.S)[1]
     for notebooks in ast.literal_eval(sessions).values():
