@@ -44,8 +44,8 @@ def browser():
         one.close()
 
 
-@pytest.fixture
-def page(browser):
+@contextlib.contextmanager
+def opened(browser):
     """A page, with what went wrong on it and the addresses it asked for."""
     one = browser.new_page(viewport={"width": 1280, "height": 720})
     one.set_default_timeout(120_000)
@@ -55,6 +55,12 @@ def page(browser):
     one.on("request", lambda request: one.asked.add(request.url))
     yield one
     one.close()
+
+
+@pytest.fixture
+def page(browser):
+    with opened(browser) as one:
+        yield one
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +88,54 @@ def site(slides):
 # ---- the site ----
 
 
-def test_every_page_loads_and_leads_to_pages_that_exist(site, page):
-    pages = {
-        path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.parent.name != "_static"
-    }
+# What cannot be seen of a page: a table whose last column does not come into view when its box is scrolled
+# to the end, and whatever makes the page wider than the window.
+OUT_OF_REACH = """() => {
+  const scrolls = one => /auto|scroll/.test(getComputedStyle(one).overflowX);
+  const box = one => scrolls(one) || !one.parentElement ? one : box(one.parentElement);
+  const reached = table => {
+    const widest = [...table.rows].sort((one, other) => other.cells.length - one.cells.length)[0];
+    const frame = box(table), first = widest.cells[0], last = [...widest.cells].at(-1);
+    frame.scrollLeft = 0;
+    const begins = first.getBoundingClientRect().left >= frame.getBoundingClientRect().left - 1;
+    frame.scrollLeft = frame.scrollWidth;
+    window.scrollTo({top: scrollY + last.getBoundingClientRect().top - innerHeight/2, behavior: "instant"});
+    const cell = last.getBoundingClientRect(), edge = frame.getBoundingClientRect();
+    const painted = document.elementFromPoint(cell.right - 3, (cell.top + cell.bottom)/2);
+    return begins && last.contains(painted) && cell.right <= edge.right + 1 && edge.right <= innerWidth;
+  };
+  const wide = [document.documentElement, document.querySelector(".content")].filter(
+    one => one.scrollWidth > one.clientWidth);
+  const missed = [...document.querySelectorAll("article table")].filter(table => !reached(table));
+  return [...wide, ...missed].map(one => one.outerHTML.slice(0, 200));
+}"""
+
+
+@pytest.fixture(scope="module")
+def visited(site, browser):
+    """Every page, seen once: its links and anchors, its tables, and what is out of reach at two widths."""
+    names = sorted(
+        {path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.parent.name != "_static"}
+        - {path.name for path in SLIDES.glob("*.html")}
+    )
+    seen = {}
+    with opened(browser) as one:
+        for name in names:
+            one.goto(site + name)
+            assert one.title() and not one.problems, (name, one.problems)
+            links = one.eval_on_selector_all("a[href]", "all => all.map(link => link.getAttribute('href'))")
+            anchors = one.eval_on_selector_all("[id]", "all => all.map(one => one.id)")
+            seen[name] = {"links": links, "anchors": {*anchors, ""}, "missed": {}}
+            seen[name]["tables"] = one.locator("article table").count()
+            for width in (390, 1280):
+                one.set_viewport_size({"width": width, "height": 720})
+                if found := one.evaluate(OUT_OF_REACH):
+                    seen[name]["missed"][width] = found
+        assert not {url for url in one.asked if not url.startswith((site, "data:"))}
+    return seen
+
+
+def test_every_page_leads_to_pages_that_exist(site, visited):
     assert {
         "index.html",
         "api.html",
@@ -95,24 +145,19 @@ def test_every_page_loads_and_leads_to_pages_that_exist(site, page):
         "nbs/learn/07_the_loop.html",
         "nbs/library/models/loading.html",
         "nbs/course/syllabus.html",
-    } <= pages
-    links, anchors = {}, {}
-    for name in sorted(pages - {path.name for path in SLIDES.glob("*.html")}):
-        page.goto(site + name)
-        assert page.title(), name
-        assert not page.problems, (name, page.problems)
-        links[name] = page.eval_on_selector_all(
-            "a[href]", "links => links.map(link => link.getAttribute('href'))"
-        )
-        anchors[name] = set(page.eval_on_selector_all("[id]", "found => found.map(one => one.id)")) | {""}
-    assert not {url for url in page.asked if not url.startswith((site, "data:"))}
-    for name, found in links.items():
-        for link in found:
+    } <= visited.keys()
+    for name, found in visited.items():
+        for link in found["links"]:
             target, anchor = urldefrag(urljoin(site + name, link))
             if target.startswith(site):
                 path = unquote(target.removeprefix(site)) or "index.html"
                 assert (SITE / path).exists(), f"{name}: {link}"
-                assert path not in anchors or unquote(anchor) in anchors[path], f"{name}: {link}"
+                assert path not in visited or unquote(anchor) in visited[path]["anchors"], f"{name}: {link}"
+
+
+def test_every_column_can_be_reached_and_no_page_is_wider_than_the_window(visited):
+    assert not {name: found["missed"] for name, found in visited.items() if found["missed"]}
+    assert sum(found["tables"] for found in visited.values()) > 100
 
 
 def test_search_finds_a_notebook_and_a_function(site, page):
@@ -155,42 +200,6 @@ def test_slider_changes_the_picture(site, page):
     assert seen() != before
     figures.first.locator("input[type=range]").press("Home")
     assert seen() == before and not page.problems
-
-
-# What cannot be seen of a page: a table whose last column does not come into view when its box is scrolled
-# to the end, and whatever makes the page wider than the window.
-OUT_OF_REACH = """() => {
-  const scrolls = one => /auto|scroll/.test(getComputedStyle(one).overflowX);
-  const box = one => scrolls(one) || !one.parentElement ? one : box(one.parentElement);
-  const reached = table => {
-    const widest = [...table.rows].sort((one, other) => other.cells.length - one.cells.length)[0];
-    const frame = box(table), first = widest.cells[0], last = [...widest.cells].at(-1);
-    frame.scrollLeft = 0;
-    const begins = first.getBoundingClientRect().left >= frame.getBoundingClientRect().left - 1;
-    frame.scrollLeft = frame.scrollWidth;
-    window.scrollTo({top: scrollY + last.getBoundingClientRect().top - innerHeight/2, behavior: "instant"});
-    const cell = last.getBoundingClientRect(), edge = frame.getBoundingClientRect();
-    const painted = document.elementFromPoint(cell.right - 3, (cell.top + cell.bottom)/2);
-    return begins && last.contains(painted) && cell.right <= edge.right + 1 && edge.right <= innerWidth;
-  };
-  const wide = [document.documentElement, document.querySelector(".content")].filter(
-    one => one.scrollWidth > one.clientWidth);
-  const missed = [...document.querySelectorAll("article table")].filter(table => !reached(table));
-  return [...wide, ...missed].map(one => one.outerHTML.slice(0, 200));
-}"""
-
-
-def test_every_column_can_be_reached_and_no_page_is_wider_than_the_window(site, page):
-    parts = [path for part in ("nbs", "api", "docs") for path in (SITE / part).rglob("*.html")]
-    missed, tables = {}, 0
-    for name in ["index.html", "api.html", *(path.relative_to(SITE).as_posix() for path in sorted(parts))]:
-        page.goto(site + name)
-        tables += page.locator("article table").count()
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 720})
-            if found := page.evaluate(OUT_OF_REACH):
-                missed[name, width] = found
-    assert not missed and tables > 100
 
 
 def test_imports_and_assertions_are_folded(site, page):
