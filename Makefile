@@ -34,7 +34,7 @@ export TOKENIZERS_PARALLELISM = false
 # another busy process, and not spinning at all makes it 1.6 times slower on an idle machine.
 export GOMP_SPINCOUNT = 10000
 
-.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench baselines audit scores reproduce clean
+.PHONY: help quickstart check test test-all colab-test lab export course docs slides figures seeds tokens bench audit scores reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -135,11 +135,6 @@ bench: .venv/.dev  ## measure time and memory again: figures/data/bench.csv and 
 	@mkdir -p runs/bench figures/data
 	KINETO_LOG_LEVEL=99 $(PY) -m papermill nbs/paper/30_speed_and_memory.ipynb runs/bench/30_speed_and_memory.ipynb --cwd nbs/paper \
 		-k python3 -l python --progress-bar -p rerun True -r device $(DEVICE) $(if $(PARTS),-r parts "$(PARTS)")
-
-baselines: .venv/.dev  ## compare all methods at equal forgetting: figures/data/baselines.csv and its figure; goes on where it was stopped
-	@mkdir -p runs/baselines figures/data
-	$(PY) -m papermill nbs/paper/19_baselines.ipynb runs/baselines/19_baselines.ipynb --cwd nbs/paper \
-		-k python3 -l python --progress-bar -p rerun True
 
 audit: .venv/.dev  ## attack the models of three seeds again: figures/data/audit.csv and its figure [SEEDS="0 1 2"]
 	@mkdir -p runs/audit figures/data
