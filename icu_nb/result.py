@@ -190,7 +190,7 @@ _MESSAGES = {
 
 @dataclasses.dataclass
 class UnlearnResult:
-    "What came of a run."
+    "Model, history, samples and facts of a run."
 
     model: "PreTrainedModel | PeftModel"  # the model, changed in place
     history: pd.DataFrame  # a row per epoch, 0 before training
