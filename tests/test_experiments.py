@@ -496,6 +496,18 @@ def test_amnesiac_rows_begin_with_a_recorded_training(setup, tmp_path):
         assert before > 0.3 and row["ma"] < before - 0.1, method
 
 
+def test_a_tiny_setup_keeps_the_updates_that_it_recorded(tiny):
+    texts = Corpus("people", tiny.forget, tiny.retain[:8], tiny.heldout, tiny.retain[:4], [], epochs=1)
+    made = paper_setup._tiny_setup(texts, "tiny gpt-neo", 0, 48, None, True)
+    model, facts = method_models.edited_model(METHODS["amnesiac"], made, texts.forget, 0.0)
+    assert facts["updates"] > 0
+    weights = zip(model.parameters(), made.original.parameters(), strict=True)
+    assert not all(torch.equal(edited, own) for edited, own in weights)
+    folder = Path(made.updates.name)
+    made.updates.cleanup()
+    assert not folder.exists()
+
+
 def test_an_adapter_does_not_depend_on_what_ran_before(setup):
     first = run_trial(a_trial("eul"))[0]
     torch.rand(7)

@@ -405,7 +405,8 @@ def _tiny_setup(
     updates = None
     if recorded:
         original, updates = fresh_model(seed), tempfile.TemporaryDirectory()
-        folder = f"{updates.name}/updates"
+        folder = Path(updates.name)
+        folder.rmdir()  # `record_updates` makes it
         # 1.2 GB; with 8 texts per step it would be twice as much
         record_updates(original, tokenizer, corpus.forget, background, folder, batch_size=16, **recipe)
     else:
