@@ -393,6 +393,7 @@ _KNOBS: dict[str, tuple[str, float]] = {
     "undo": ("alpha", 0.3),
     "depn": ("share", 0.1),
     "neuron_relevance": ("share", 0.02),
+    "code_unlearn": ("significance", 0.05),
 }
 _Setting = tuple[float | None, float | None]  # learning rate and loss knob
 _COARSE = [(3.0, 1.0), (1 / 3, 1.0)]  # factors of both
