@@ -1,4 +1,4 @@
-"""Whether README, results and the chapters are short and plainly worded: sizes, and words that style avoids.
+"""Whether README and chapters are short, and all pages plainly worded: sizes, and words that style avoids.
 
 Usage: check_text.py
 """
@@ -68,7 +68,9 @@ def faults():
             wrong.append(f"{path.name}: {words} words, at most {WORDS}")
         if longest > CODE_LINES:
             wrong.append(f"{path.name}: a cell of {longest} lines, at most {CODE_LINES}")
-        wrong += found_in(path.name, prose)
+    for part in ("", "learn", "guide", "paper", "course"):
+        for path in sorted((ROOT / "nbs" / part).glob("*.ipynb")):
+            wrong += found_in(path.name, chapter(path)[0])
     return wrong
 
 
