@@ -129,7 +129,7 @@ def is_forgotten(
     if scores["bert_f1"].notna().any():  # there is an encoder
         forgotten = forgotten | bert if thresholds.rule == "any" else forgotten & bert
     undefined = _bleu_undefined(scores)
-    if undefined.any():
+    if undefined.any():  # MA and EL decide for these (`select_icu`, defined below)
         forgotten[undefined] = ~select_icu(scores[undefined], thresholds)
     return forgotten
 
@@ -155,7 +155,7 @@ def select_icu(
     scores: pd.DataFrame,  # from `score_forget_set`
     thresholds: Thresholds,  # ma and el are used
 ) -> np.ndarray:  # bool [n]
-    "ICU: the sequences train next whose own MA or EL is over its threshold; EL that is not known is not."
+    "ICU: the sequences train next whose own MA or EL is over its threshold; EL not measured does not count."
     return ((scores["ma"] > thresholds.ma) | (scores["el"] > thresholds.el)).to_numpy()
 
 

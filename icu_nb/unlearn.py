@@ -106,7 +106,7 @@ def _next_epoch(
     progress: Progress,  # where the loop stands; goes on by an epoch
 ) -> dict:  # the epoch's row of the history
     "Train the active sequences, check all, choose which are active, decide whether to stop."
-    progress.epoch += 1
+    progress.epoch += 1  # from -1: epoch 0 is the check before training
     began = time.perf_counter()
     losses: dict[str, float] = {}
     enough = False

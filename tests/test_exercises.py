@@ -610,7 +610,7 @@ READ = {  # chapter: the sections that are read before a session; "": the openin
     "learn/05_cle": ["", "Learn while unlearning"],
     "learn/06_iur": [
         "",
-        "The rule",
+        "The authors' rule",
         "Thresholds",
         "What the model still says",
         "Which texts count as forgotten?",
