@@ -324,6 +324,11 @@ def test_what_readme_says_of_the_tiny_models_stands_in_the_rows():
     factors = np.exp(near[["no L_lrn", "no L_kl", "neither"]] - near["ICU"]).round().astype(int).tolist()
     cle = "three times as high without learning them, six times without staying close to the original model"
     assert f"{cle}, and eleven times without both" in told and factors == [3, 6, 11]
+    heldout = np.exp(np.log(ablation.ppl_heldout).groupby(ablation.label).mean())
+    stop, icu, selection = (f"{heldout[label]:.3g}" for label in ("no IUR, 20 epochs", "ICU", "no IUR"))
+    assert (
+        f"ends at {stop} instead of {icu}" in told and f"of texts it ends at {float(selection):.1f}" in told
+    )
     audit = pd.read_csv(ROOT / "figures/data/audit.csv").query("metric == 'some forget texts: MA'")
     back = audit.groupby("model").value.mean().map("{:.2f}".format)
     assert f"back to {back['ICU']} after ICU (retrained model: {back['retrained']}" in told
