@@ -124,6 +124,13 @@ def test_where_nothing_is_deep_enough_the_largest_rate_is_the_best():
     assert _next_setting((1e-4, 1.0), tried) == (3e-4, 4.0)
 
 
+def test_a_share_stays_a_share():
+    tried = {(1e-4, 0.3): 1.0, (3e-4, 0.3): 2.0, (3.33e-5, 0.3): 2.0}
+    assert _next_setting((1e-4, 0.3), tried) == (1e-4, 1.2)
+    assert _next_setting((1e-4, 0.3), tried, 1.0) == (1e-4, 0.6)
+    assert _next_setting((None, 0.6), {(None, 0.6): 1.0}, 1.0) == (None, 0.3)
+
+
 def test_a_method_without_numbers_has_one_setting():
     assert _next_setting((None, None), {}) == (None, None)
     assert _next_setting((None, None), {(None, None): 1.0}) is None

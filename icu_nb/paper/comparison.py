@@ -395,6 +395,7 @@ _KNOBS: dict[str, tuple[str, float]] = {
     "neuron_relevance": ("share", 0.02),
     "code_unlearn": ("significance", 0.05),
 }
+_SHARES = ("undo", "depn", "neuron_relevance", "code_unlearn")  # their knob is at most 1
 _Setting = tuple[float | None, float | None]  # learning rate and loss knob
 _COARSE = [(3.0, 1.0), (1 / 3, 1.0)]  # factors of both
 _FINE = [(3**0.5, 1.0), (3**-0.5, 1.0), (1.0, 2.0), (1.0, 0.5), (3.0, 1.0), (1 / 3, 1.0), (1.0, 4.0)]
@@ -412,6 +413,7 @@ def _moved(setting: _Setting, move: tuple[float, float]) -> _Setting:
 def _next_setting(
     first: _Setting,
     tried: dict[_Setting, float],  # their scores, infinite where the depth was not reached
+    largest: float = math.inf,  # that the loss knob may be
 ) -> _Setting | None:  # None: nothing is left to try
     "The search: what comes after these trials."
     if not tried:
@@ -420,8 +422,9 @@ def _next_setting(
         if (setting := _moved(first, move)) not in tried:
             return setting
     best = min(tried, key=lambda setting: (tried[setting], -(setting[0] or 0.0)))
-    moves = [(1.0, 4.0), *_FINE] if len(tried) == 3 else _FINE
-    return next((moved for move in moves if (moved := _moved(best, move)) not in tried), None)
+    moves = [(1.0, 4.0), (1.0, 2.0), *_FINE] if len(tried) == 3 else _FINE
+    settings = (_moved(best, move) for move in moves)
+    return next((one for one in settings if one not in tried and (one[1] or 0.0) <= largest), None)
 
 
 def _entry(method: str, seed: int, setting: _Setting, data: str) -> _Entry:
@@ -454,8 +457,9 @@ def _tune(
 ) -> dict[_Setting, float]:  # the mean deep score of every setting
     "Make the trials of one method that are not there yet."
     tried: dict[_Setting, float] = {}
+    largest = 1.0 if method in _SHARES else math.inf
     while len(tried) < n_trials:
-        setting = _next_setting(_first_setting(method), tried)
+        setting = _next_setting(_first_setting(method), tried, largest)
         if setting is None:
             break
         entries = [_entry(method, seed, setting, data) for data, seed in _CASES[kind]["tune"]]
