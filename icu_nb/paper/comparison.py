@@ -394,8 +394,10 @@ _KNOBS: dict[str, tuple[str, float]] = {
     "depn": ("share", 0.1),
     "neuron_relevance": ("share", 0.02),
     "code_unlearn": ("significance", 0.05),
+    "partial_amnesiac": ("top", 0.1),
 }
-_SHARES = ("undo", "depn", "neuron_relevance", "code_unlearn")  # their knob is at most 1
+# methods whose knob is at most 1
+_SHARES = ("undo", "depn", "neuron_relevance", "code_unlearn", "partial_amnesiac")
 _Setting = tuple[float | None, float | None]  # learning rate and loss knob
 _COARSE = [(3.0, 1.0), (1 / 3, 1.0)]  # factors of both
 _FINE = [(3**0.5, 1.0), (3**-0.5, 1.0), (1.0, 2.0), (1.0, 0.5), (3.0, 1.0), (1 / 3, 1.0), (1.0, 4.0)]
