@@ -297,6 +297,9 @@ def test_what_readme_says_of_the_real_model_stands_in_the_rows():
         assert (from_to if model == "ICU" else f"to {now[0]} and {now[1]}") in told
         share = (100 * (after.ppl_general / before.ppl_general - 1)).round().astype(int)
         assert f"{share[0]} % and {share[1]} %" in told
+    others = rows[rows.index.get_level_values("model") != "pretrained"]
+    assert (others.classification_change.abs() < 1.96 * others.classification_change_se).all()
+    assert "no significant difference was found" in told
     assert "0.55 and 0.53" in told and rows.loc["ICU"].ma.round(2).tolist() == [0.55, 0.53]
     trials = pd.read_csv(ROOT / "figures/data/real_model_trials.csv").query("model == 'ICU+'")
     best = trials.sort_values("log_rise_general").query("plus_learning_rate == 2e-4").iloc[0]
@@ -308,6 +311,10 @@ def test_what_readme_says_of_the_real_model_stands_in_the_rows():
 
 def test_what_readme_says_of_the_tiny_models_stands_in_the_rows():
     told = page("README.md")
+    states = json.loads((ROOT / "figures/data/quickstart_example.json").read_text())["states"]
+    general = {name: round(state["general_ppl"]) for name, state in states.items()}
+    shown = f"({general['gradient ascent']} and {general['ICU']}, before {general['original']})"
+    assert f"changes less than ICU {shown}" in told
     rows = pd.read_csv(ROOT / "figures/data/main_table.csv").query("profile == 'tiny'")
     means = {}
     for data in ("people", "pile0"):
