@@ -8,6 +8,7 @@ import pandas as pd
 from test_project import CHAPTERS, NBS, ROOT
 
 from icu_nb.config import ICUConfig
+from icu_nb.data.people import people_corpus
 
 
 def settings_in(path, name):
@@ -54,3 +55,40 @@ def test_chapter_05_quotes_the_near_duplicates_of_published_pairs():
     prose = (NBS / "learn/05_cle.ipynb").read_text(encoding="utf-8")
     low, high = sorted(map(int, counts))[:: len(counts) - 1]
     assert f"{low} to {high} of the 128 published neighbors" in prose
+
+
+def prose_of(name):
+    """The Markdown of a notebook of `nbs`."""
+    cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def test_chapter_05_quotes_nearest_and_random_neighbors_of_25():
+    rows = pd.read_csv(ROOT / "figures/data/neighbors.csv").query("profile == 'tiny'")
+    heldout = rows.ppl_heldout.map(math.log).groupby(rows.label).mean().map(math.exp)
+    shown = f"held-out perplexity of {heldout['nearest']:.1f} and {heldout['random']:.1f}"
+    assert shown in prose_of("learn/05_cle")
+
+
+def test_steps_of_the_retrained_model():
+    """Texts a pass, and steps of eight texts in five passes: 18, 32 and 33 quote them."""
+    corpus = people_corpus()
+    others = len(corpus.retain) + len(corpus.general_train)
+    texts = others + corpus.repeats * len(corpus.forget)
+    assert f"({others} texts a pass instead of {texts:,}" in prose_of("paper/18_protocol")
+    assert f"{others / texts:.0%}".replace("%", " %") in prose_of("paper/18_protocol")
+    steps = [corpus.epochs * math.ceil(number / 8) for number in (others, texts)]
+    for name in ("32_what_an_attack_measures", "33_what_a_model_can_still_do"):
+        assert re.search(rf"{steps[0]}\D+{steps[1]}", prose_of(f"paper/{name}")), (name, steps)
+
+
+def test_30_opens_with_the_benchmarks_medians():
+    rows = pd.read_csv(ROOT / "figures/data/bench.csv").query("device == 'cpu' and unit == 'seconds'")
+    whole = rows[rows.phase.isna()].pivot_table(index=["benchmark", "pair"], columns="way", values="value")
+    told = prose_of("paper/30_speed_and_memory")
+    run = whole.loc["whole run"]
+    assert f"takes {run.ours.median():.1f} s instead of {run.plain.median():.1f} s" in told
+    ratio = {name: (of.plain / of.ours).median() for name, of in whole.groupby("benchmark")}
+    assert f"(ratio {ratio['whole run']:.1f}; our target, 12" in told
+    faster = f"{ratio['MA + EL, memorized']:.0f} times as fast on memorized texts"
+    assert faster in told and f"{ratio['MA + EL, random']:.1f} times with random weights" in told

@@ -276,7 +276,8 @@ def test_the_commands(tmp_path, monkeypatch):
     assert called[0][2:] == ("npo", 12, "pile")
     people, one, pile = called[2:5]
     assert people[1].name == pile[1].name == "comparison.csv" and one[1].name == "comparison_same_stream.csv"
-    assert people[2:] == ({"icu": "people"}, ["icu"], [("people", 200 + k) for k in range(12)], None)
+    assert people[2:4] == ({"icu": "people"}, ["original", "retrained", "icu"])
+    assert people[4:] == ([("people", 200 + k) for k in range(12)], None)
     assert one[3:] == (["npo"], [("people", 200)], "mixed")
     assert pile[2] == {"icu": "pile"} and [data for data, _ in pile[4]] == [
         "pile1a",

